@@ -1,0 +1,115 @@
+"""Turn any torchvision or timm model into a binarized network with Elastic-Link gates.
+
+    from el_convert import binarize
+    model = binarize(timm.create_model("resnet50"))
+
+The public names are imported when first used, so that `el-convert --help` needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from el_convert._version import __version__
+
+if TYPE_CHECKING:
+    from el_convert.checkpoint import load, save
+    from el_convert.convert import binarize
+    from el_convert.errors import (
+        CheckpointError,
+        ConversionError,
+        ElConvertError,
+        UnknownNameError,
+    )
+    from el_convert.graphs import BinarizePass, to_graph
+    from el_convert.link import ElasticLink
+    from el_convert.nn import (
+        BinaryConv1d,
+        BinaryConv2d,
+        BinaryConv3d,
+        BinaryConvTranspose1d,
+        BinaryConvTranspose2d,
+        BinaryConvTranspose3d,
+        RPReLU,
+    )
+    from el_convert.patterns import Pattern, register_pattern, unregister_pattern
+    from el_convert.plan import Decision, plan
+    from el_convert.recipes import RECIPES, Recipe, RecipeError
+    from el_convert.report import Summary, summarize
+    from el_convert.zoo import Source
+
+_HOME = {
+    "BinarizePass": "graphs",
+    "BinaryConv1d": "nn",
+    "BinaryConv2d": "nn",
+    "BinaryConv3d": "nn",
+    "BinaryConvTranspose1d": "nn",
+    "BinaryConvTranspose2d": "nn",
+    "BinaryConvTranspose3d": "nn",
+    "CheckpointError": "errors",
+    "ConversionError": "errors",
+    "Decision": "plan",
+    "ElConvertError": "errors",
+    "ElasticLink": "link",
+    "Pattern": "patterns",
+    "RECIPES": "recipes",
+    "RPReLU": "nn",
+    "Recipe": "recipes",
+    "RecipeError": "recipes",
+    "Source": "zoo",
+    "Summary": "report",
+    "UnknownNameError": "errors",
+    "binarize": "convert",
+    "load": "checkpoint",
+    "plan": "plan",
+    "register_pattern": "patterns",
+    "save": "checkpoint",
+    "summarize": "report",
+    "to_graph": "graphs",
+    "unregister_pattern": "patterns",
+}
+
+__all__ = [
+    "RECIPES",
+    "BinarizePass",
+    "BinaryConv1d",
+    "BinaryConv2d",
+    "BinaryConv3d",
+    "BinaryConvTranspose1d",
+    "BinaryConvTranspose2d",
+    "BinaryConvTranspose3d",
+    "CheckpointError",
+    "ConversionError",
+    "Decision",
+    "ElConvertError",
+    "ElasticLink",
+    "Pattern",
+    "RPReLU",
+    "Recipe",
+    "RecipeError",
+    "Source",
+    "Summary",
+    "UnknownNameError",
+    "__version__",
+    "binarize",
+    "load",
+    "plan",
+    "register_pattern",
+    "save",
+    "summarize",
+    "to_graph",
+    "unregister_pattern",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'el_convert' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"el_convert.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

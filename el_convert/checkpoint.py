@@ -1,0 +1,289 @@
+"""Saving and loading: a file is data, the plan is replayed, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from el_convert.atomic import replace_file
+from el_convert.convert import apply, conversion_of, floating_dtype
+from el_convert.errors import CheckpointError, ElConvertError, UnknownNameError
+from el_convert.header import KEY, Header, geometry_of, parse_header, write_header
+from el_convert.patterns import find_pattern
+from el_convert.plan import NORMS, Conversion
+from el_convert.zoo import Source, create, find_source, input_spec, source_of
+
+_SUFFIXES = (".pt", ".safetensors")
+_BRING = "load(path, model=...) with the float model it was made from"
+
+
+def save(
+    model: nn.Module, path: str | os.PathLike[str], *, source: Source | str | None = None
+) -> None:
+    """Write a binarized model to a `.pt` or `.safetensors` file.
+
+    The file is `{"el_convert": <JSON header>, "state_dict": {...}}`: `torch.load` reads it with
+    `weights_only=True`; in `.safetensors` the header is the metadata. Saving proves itself: the
+    float skeleton is rebuilt, the conversion replayed and compared before anything is written.
+
+    Args:
+        model: made by `binarize` or `load`.
+        path: where to; an existing file is replaced in one step or stays as it was.
+        source: "resnet50", "timm/...", "torchvision/..." or a Source. By default what the model
+            itself says. Without a source the file loads only with `load(path, model=...)`.
+
+    Raises:
+        ConversionError: the model is not binarized.
+        CheckpointError: the suffix is another, the given source does not rebuild this model, or
+            the file cannot be written.
+        UnknownNameError: `source` is no model's name.
+
+    Example:
+        >>> import tempfile, timm
+        >>> from el_convert.convert import binarize
+        >>> model = binarize(timm.create_model("resnet18", num_classes=10))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(model, f"{folder}/bnn.pt")
+        ...     type(load(f"{folder}/bnn.pt")).__name__
+        'ResNet'
+    """
+    path = _checked_path(path)
+    conversion = conversion_of(model)
+    known = find_source(source) if isinstance(source, str) else source or source_of(model)
+    header = _describe(model, conversion, known)
+    if known is not None:
+        problem = _rebuild_problem(model, header)
+        if problem and source is not None:
+            raise CheckpointError(
+                f"{known} does not rebuild this model ({problem}): leave source out and read the "
+                f"file by {_BRING}"
+            )
+        if problem:
+            header = _describe(model, conversion, None)
+    state = _plain_state(model)
+    try:
+        replace_file(path, lambda part: _write(part, path.suffix, write_header(header), state))
+    except Exception as error:  # each format raises its own; all mean the same to the user
+        raise CheckpointError(f"could not write {path}: {error}; nothing was changed") from error
+
+
+def _checked_path(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if path.suffix not in _SUFFIXES:
+        raise CheckpointError(f"{path}: the name must end in {' or '.join(_SUFFIXES)}")
+    return path
+
+
+def _describe(model: nn.Module, conversion: Conversion, source: Source | None) -> Header:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    geometry = {d.path: geometry_of(modules[d.path]) for d in conversion.binarized}
+    dtype = str(floating_dtype(model)).removeprefix("torch.")
+    return Header(conversion, geometry, source, input_spec(model, source), dtype)
+
+
+def _rebuild_problem(model: nn.Module, header: Header) -> str:
+    """Why the header would not give this model again; "" when it does."""
+    try:
+        twin = _skeleton(header)
+        _replay(twin, header)
+    except ElConvertError as error:
+        return str(error)
+    problem = _state_problem(_shapes(twin.state_dict()), _shapes(model.state_dict()))
+    # Options that leave no parameter (pooling, activations, dropout) show in the repr.
+    lines = zip(str(twin).splitlines(), str(model).splitlines(), strict=False)
+    differing = next((f"{a.strip()} became {b.strip()}" for a, b in lines if a != b), "")
+    return problem or differing
+
+
+def _skeleton(header: Header) -> nn.Module:
+    assert header.source is not None
+    with torch.random.fork_rng(devices=[]):
+        return create(header.source).to(getattr(torch, header.dtype))
+
+
+def _plain_state(model: nn.Module) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{key} of the state_dict is {type(value).__name__}, no tensor")
+        # Cloned where it is a view or shared, so a file holds each once and nothing more.
+        state[key] = value.detach().cpu().contiguous().clone()
+    return state
+
+
+def _write(path: Path, suffix: str, header: str, state: dict[str, Tensor]) -> None:
+    if suffix == ".pt":
+        torch.save({KEY: header, "state_dict": state}, path)
+        return
+    from safetensors.torch import save_file
+
+    save_file(state, path, metadata={KEY: header})
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """Read a model that `save` wrote. Never runs code from the file, never half-loads.
+
+    Args:
+        path: a `.pt` or `.safetensors` file.
+        model: the float model it was made from, for models of neither library; left as it was.
+        device: where the result goes.
+
+    Returns:
+        The binarized model, in train mode as its library builds it.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, foreign, newer, or does not fit; says why.
+
+    Example:
+        See `save`.
+    """
+    header, state = read(path)
+    if model is None and header.source is None:
+        raise CheckpointError(f"{path} does not say what its model is built from: use {_BRING}")
+    try:
+        # A copy: a refusal must leave the user's model alone.
+        twin = copy.deepcopy(model) if model is not None else _checked_skeleton(header, state)
+        _replay(twin, header)
+    except ElConvertError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    problem = _state_problem(_shapes(twin.state_dict()), _shapes(state))
+    if problem:
+        raise CheckpointError(f"{path} does not fit {header.source or 'the given model'}: {problem}")
+    twin.load_state_dict(state, strict=True)
+    return twin.to(device)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
+    """Read and check a file's header and tensors, without building a model.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    path = _checked_path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    reader: Callable[[Path], tuple[Any, Any]] = _read_pt if path.suffix == ".pt" else _read_safe
+    try:
+        text, state = reader(path)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch, zipfile and pickle raise a dozen kinds for a damaged file
+        first = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"{path} is damaged, or is no file of el_convert, or holds code: {first}"
+        ) from error
+    try:
+        header = parse_header(text)
+        _check_tensors(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return header, dict(state)
+
+
+def _read_pt(path: Path) -> tuple[Any, Any]:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or set(content) != {KEY, "state_dict"}:
+        raise CheckpointError(f"{path} is no file of el_convert: it holds other things")
+    return content[KEY], content["state_dict"]
+
+
+def _read_safe(path: Path) -> tuple[Any, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device="cpu") as content:
+        metadata = content.metadata() or {}
+        if KEY not in metadata:
+            raise CheckpointError(f"{path} is no file of el_convert: its metadata lacks {KEY!r}")
+        return metadata[KEY], {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+
+
+def _check_tensors(state: Any) -> None:
+    if not isinstance(state, Mapping):
+        raise CheckpointError("its state_dict is no mapping")
+    for key, value in state.items():
+        if not isinstance(key, str) or type(value) is not Tensor or value.layout != torch.strided:
+            raise CheckpointError(f"{key!r} of its state_dict is not a plain tensor")
+        # A shape can claim more than the file holds, by strides of 0.
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{key} claims shape {list(value.shape)}, which the file lacks")
+
+
+def _checked_skeleton(header: Header, state: Mapping[str, Tensor]) -> nn.Module:
+    """Build the skeleton, after making sure that the file holds as many classes as it claims."""
+    assert header.source is not None
+    classes = header.source.kwargs.get("num_classes", 0)
+    if classes and not any(value.dim() and value.shape[0] == classes for value in state.values()):
+        raise CheckpointError(f"its header claims {classes} classes, its tensors do not")
+    return _skeleton(header)
+
+
+def _replay(model: nn.Module, header: Header) -> None:
+    """Check the plan against the skeleton, then apply it. Never matches anew."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for decision in header.conversion.binarized:
+        conv = modules.get(decision.path)
+        if not isinstance(conv, _ConvNd):
+            raise CheckpointError(f"layer {decision.path!r} is no convolution of {_kind(model)}")
+        if geometry_of(conv) != header.geometry[decision.path]:
+            raise CheckpointError(
+                f"layer {decision.path!r} is {geometry_of(conv)}, "
+                f"the file says {header.geometry[decision.path]}"
+            )
+        _check_pattern(decision.path, decision.pattern)
+        if decision.norm and type(modules.get(decision.norm)) not in NORMS:
+            raise CheckpointError(f"{decision.norm!r} is no norm of {_kind(model)}")
+    for change in header.conversion.activations:
+        if change.action == "replace" and type(modules.get(change.path)).__name__ != change.kind:
+            raise CheckpointError(f"{change.path!r} is no {change.kind} of {_kind(model)}")
+    apply(model, header.conversion)
+
+
+def _kind(model: nn.Module) -> str:
+    return type(model).__name__
+
+
+def _check_pattern(path: str, name: str) -> None:
+    try:
+        pattern = find_pattern(name)
+    except UnknownNameError:
+        raise CheckpointError(
+            f"layer {path!r} was converted by pattern {name!r}, which is not registered here: "
+            "call register_pattern with it before load"
+        ) from None
+    if pattern.action != "binarize":
+        raise CheckpointError(f"layer {path!r}: pattern {name!r} does not binarize")
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[list[int], torch.dtype]]:
+    return {k: (list(v.shape), v.dtype) for k, v in state.items() if isinstance(v, Tensor)}
+
+
+def _state_problem(
+    wanted: Mapping[str, tuple[list[int], torch.dtype]],
+    given: Mapping[str, tuple[list[int], torch.dtype]],
+) -> str:
+    missing = [key for key in wanted if key not in given]
+    extra = [key for key in given if key not in wanted]
+    if missing or extra:
+        near = [difflib.get_close_matches(key, extra, 1) for key in missing[:1]]
+        hint = f" (there is {near[0][0]!r} instead)" if near and near[0] else ""
+        parts = [f"{len(missing)} missing, first {missing[0]!r}{hint}"] if missing else []
+        parts += [f"{len(extra)} unexpected, first {extra[0]!r}"] if extra else []
+        return "tensors: " + "; ".join(parts)
+    for key, expected in wanted.items():
+        if given[key] != expected:
+            return f"{key} should be {expected[0]} {expected[1]}, is {given[key][0]} {given[key][1]}"
+    return ""

@@ -1,0 +1,246 @@
+"""The `el-convert` command. Thin: results on stdout, progress on stderr, torch imported late."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from el_convert._version import __version__
+from el_convert.errors import ElConvertError, UnknownNameError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from el_convert.recipes import Recipe
+    from el_convert.report import Summary
+
+_SUFFIXES = (".pt", ".safetensors")
+
+
+class ModelFirst(click.Group):
+    """A group whose first argument may be a model name, which means `convert`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "--version"):
+            args = ["convert", *args]
+        return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        return [*super().shell_complete(ctx, incomplete), *_complete_model(ctx, None, incomplete)]
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(ctx.command_path, "MODEL --out FILE [OPTIONS]")
+        formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What a user can mend by typing something else exits 2; a refusal exits 1."""
+    from el_convert.recipes import RecipeError
+
+    try:
+        yield
+    except (UnknownNameError, RecipeError) as error:
+        raise click.UsageError(str(error)) from error
+    except ElConvertError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@contextmanager
+def _step(label: str) -> Iterator[None]:
+    """Say on stderr what is going on; a spinner where stderr is a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    if console.is_terminal:
+        with console.status(label):
+            yield
+    else:
+        console.print(f"{label} ...")
+        yield
+
+
+def _complete_model(_: click.Context, __: Any, incomplete: str) -> list[CompletionItem]:
+    from el_convert.catalog import bare_names, model_names
+
+    names = model_names() if "/" in incomplete else bare_names()
+    return [CompletionItem(name) for name in names if incomplete and name.startswith(incomplete)]
+
+
+def _complete_recipe(_: click.Context, __: Any, incomplete: str) -> list[str]:
+    from el_convert.recipes import RECIPES
+
+    return [name for name in RECIPES if name.startswith(incomplete)]
+
+
+@click.group(cls=ModelFirst, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="el-convert")
+def main() -> None:
+    """Turn a torchvision or timm MODEL into a binarized network with Elastic-Link gates.
+
+    \b
+      el-convert resnet50 --out bnn.pt      convert and save
+      el-convert resnet50 --dry-run         only show what would happen
+      el-convert models 'mobilenet*'        list models
+      el-convert inspect bnn.pt             show what a file holds
+
+    `el-convert convert --help` lists the options. The converted network must be trained.
+    """
+
+
+@main.command()
+@click.argument("model", shell_complete=_complete_model)
+@click.option("--out", type=click.Path(path_type=Path), help="File to write: .pt or .safetensors.")
+@click.option(
+    "--recipe", default="elastic-link", show_default=True, shell_complete=_complete_recipe
+)
+@click.option("--set", "options", multiple=True, metavar="FIELD=VALUE", help="Set a recipe field.")
+@click.option("--keep", multiple=True, metavar="GLOB", help="Leave matching layers in float.")
+@click.option("--pretrained", is_flag=True, help="Start from the library's trained weights.")
+@click.option("--num-classes", type=click.IntRange(0), help="Classes of the classifier.")
+@click.option("--dry-run", is_flag=True, help="Show the table, write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+def convert(
+    model: str,
+    out: Path | None,
+    recipe: str,
+    options: Sequence[str],
+    keep: Sequence[str],
+    pretrained: bool,
+    num_classes: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Convert MODEL: resnet50 (timm first, then torchvision), timm/NAME or torchvision/NAME."""
+    if out is None and not dry_run:
+        raise click.UsageError("name the file to write with --out FILE, or use --dry-run")
+    if out is not None:
+        check_output(out)
+    with _errors():
+        chosen = _recipe(recipe, options)
+        binary, source = _build(model, chosen, keep, pretrained, num_classes)
+        summary = _summarize(binary)
+        if out is not None and not dry_run:
+            from el_convert.checkpoint import save
+
+            with _step(f"writing {out}"):
+                save(binary, out, source=source)
+    written = None if dry_run else out
+    _show(summary, as_json, {"source": str(source), "file": written and str(written)})
+    if written is not None and not as_json:
+        click.echo(f"wrote {written} ({written.stat().st_size / 1e6:.1f} MB); now train it")
+
+
+def check_output(out: Path) -> None:
+    """Refuse an output that cannot be written, before anything slow.
+
+    Raises:
+        click.BadParameter: wrong suffix, missing or read-only folder, or a folder itself.
+    """
+    problem = ""
+    if out.suffix not in _SUFFIXES:
+        problem = f"{out}: the name must end in {' or '.join(_SUFFIXES)}"
+    elif not out.parent.is_dir():
+        problem = f"folder {out.parent} does not exist: mkdir -p {out.parent}"
+    elif out.is_dir():
+        problem = f"{out} is a folder"
+    elif not os.access(out.parent, os.W_OK):
+        problem = f"folder {out.parent} is not writable"
+    if problem:
+        raise click.BadParameter(problem, param_hint="--out")
+
+
+def _recipe(name: str, options: Sequence[str]) -> Recipe:
+    from el_convert.recipes import find_recipe
+
+    pairs = [option.partition("=") for option in options]
+    for option, (_, equals, _) in zip(options, pairs, strict=True):
+        if not equals:
+            raise click.BadParameter(f"{option!r} is not FIELD=VALUE", param_hint="--set")
+    return find_recipe(name).with_options({key: value for key, _, value in pairs})
+
+
+def _build(
+    name: str,
+    recipe: Recipe,
+    keep: Sequence[str],
+    pretrained: bool,
+    num_classes: int | None,
+) -> tuple[nn.Module, Any]:
+    with _step("loading torch"):
+        from el_convert.convert import binarize
+        from el_convert.zoo import create, find_source
+    with _step(f"building {name}"):
+        source = find_source(name, num_classes=num_classes)
+        model = create(source, pretrained=pretrained)
+    with _step(f"binarizing {name}"):
+        return binarize(model, recipe, keep=keep, inplace=True), source
+
+
+def _summarize(model: nn.Module) -> Summary:
+    from el_convert.errors import ConversionError
+    from el_convert.report import summarize
+
+    with _step("counting operations"):
+        try:
+            return summarize(model)
+        except ConversionError as error:
+            click.echo(f"operations left out: {error}", err=True)
+            return summarize(model, ())
+
+
+def _show(summary: Summary, as_json: bool, extra: dict[str, Any]) -> None:
+    if as_json:
+        click.echo(json.dumps({**extra, **summary.to_dict()}))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(summary)
+    else:
+        click.echo(str(summary))
+
+
+@main.command()
+@click.argument("glob", default="*")
+def models(glob: str) -> None:
+    """List the models whose name matches GLOB."""
+    with _step("listing models"):
+        from el_convert.catalog import LIST_MODELS, bare_names, model_names
+
+        names = model_names(glob)
+    if not names:
+        with _errors():
+            raise UnknownNameError("model", glob, bare_names(), LIST_MODELS)
+    click.echo("\n".join(names))
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+def inspect(file: Path, as_json: bool) -> None:
+    """Show what a saved FILE holds."""
+    with _step("loading torch"):
+        from el_convert.checkpoint import load, read
+    with _errors():
+        with _step(f"reading {file}"):
+            header, _ = read(file)
+            if header.source is None:
+                raise click.ClickException(
+                    f"{file} is of a model of neither library: "
+                    "in Python, summarize(load(path, model=...)) shows it"
+                )
+            model = load(file)
+        summary = _summarize(model)
+    versions = ", ".join(f"{name} {v}" for name, v in (header.created_with or {}).items())
+    extra = {"source": str(header.source), "file": str(file), "created_with": versions}
+    if not as_json:
+        click.echo(f"{file}: {header.source}, {header.dtype}, written by {versions}")
+    _show(summary, as_json, extra)

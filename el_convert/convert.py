@@ -1,0 +1,152 @@
+"""Converting: the only place that changes a model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from el_convert.activations import build_activation
+from el_convert.errors import ConversionError
+from el_convert.nn import BinaryConv
+from el_convert.patterns import find_pattern
+from el_convert.plan import Conversion, plan_conversion, unexpected_keeps
+from el_convert.recipes import Recipe
+
+_RECORD = "el_convert_conversion"
+
+
+def binarize(
+    model: nn.Module,
+    recipe: Recipe | str = "elastic-link",
+    *,
+    keep: Sequence[str] = (),
+    inplace: bool = False,
+) -> nn.Module:
+    """Turn a model into a binarized one of the same class.
+
+    Every convolution gets 1-bit weights and activations and, with the default recipe, an
+    Elastic-Link gate (arXiv 2112.10149), except those the pattern table keeps; `plan` lists them
+    with reasons. Parameters keep their names. The result must be trained.
+
+    Args:
+        model: any module that holds convolutions.
+        recipe: a recipe or its name, see `RECIPES`.
+        keep: globs on qualified names; what they match stays in float.
+        inplace: change `model` itself instead of a deep copy.
+
+    Returns:
+        A model of the class of `model`, in the same mode.
+
+    Raises:
+        ConversionError: nothing to binarize, or the model is wrapped, compiled, scripted, lazy or
+            binarized already. The model is unchanged.
+        UnknownNameError: an unknown recipe, or a glob that matches no convolution.
+
+    Warns:
+        UserWarning: convolutions were kept for a reason you may not expect, such as hooks.
+
+    Example:
+        >>> import timm
+        >>> model = binarize(timm.create_model("resnet18"), keep=["layer4.*"])
+        >>> type(model).__name__, tuple(model.layer1[0].conv1.link.gamma.shape)
+        ('ResNet', (64,))
+    """
+    conversion = plan_conversion(model, recipe, keep=keep)
+    _refuse_empty(model, conversion)
+    odd = unexpected_keeps(conversion)
+    if odd:
+        named = "; ".join(f"{d.path}: {d.reason}" for d in odd[:3])
+        more = f"; and {len(odd) - 3} more" if len(odd) > 3 else ""
+        warnings.warn(
+            f"{len(odd)} convolutions were kept in float. {named}{more}", UserWarning, stacklevel=2
+        )
+    return apply(model if inplace else copy.deepcopy(model), conversion)
+
+
+def apply(model: nn.Module, conversion: Conversion) -> nn.Module:
+    """Carry out a conversion on a model, in place.
+
+    Args:
+        model: the model it was planned for, or one of the same structure.
+        conversion: what `plan_conversion` gave, or a file holds.
+
+    Returns:
+        `model`.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    slope = conversion.recipe.activation.slope
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    new: dict[int, nn.Module] = {}
+    for decision in conversion.binarized:
+        layer = _build(modules[decision.path], decision.pattern, conversion.recipe)
+        new[id(modules[decision.path])] = layer
+        if decision.norm and isinstance(layer, BinaryConv):
+            layer.norm = modules[decision.norm]
+            new[id(layer.norm)] = nn.Identity()
+    for change in conversion.activations:
+        if change.action == "replace":
+            layer = build_activation(change, slope, like)
+            new[id(modules[change.path])] = layer.train(modules[change.path].training)
+    _swap(model, modules, new)
+    setattr(model, _RECORD, conversion)
+    return model
+
+
+def _build(conv: nn.Module, pattern: str, recipe: Recipe) -> nn.Module:
+    build = find_pattern(pattern).build
+    assert build is not None, "a row that binarizes has a builder"
+    return build(conv, recipe)
+
+
+def _swap(model: nn.Module, modules: dict[str, nn.Module], new: dict[int, nn.Module]) -> None:
+    """Put new modules under every name of the old ones, shared ones included."""
+    for path, module in modules.items():
+        if id(module) in new and path:
+            parent, _, name = path.rpartition(".")
+            setattr(modules[parent], name, new[id(module)])
+
+
+def _refuse_empty(model: nn.Module, conversion: Conversion) -> None:
+    if conversion.binarized:
+        return
+    name = type(model).__name__
+    if not conversion.decisions:
+        raise ConversionError(f"{name} has no convolution: there is nothing to binarize")
+    reasons = "; ".join(_first(f"{d.path}: {d.reason}" for d in conversion.kept))
+    raise ConversionError(
+        f"{name} has no convolution to binarize: all {len(conversion.kept)} are kept ({reasons})"
+    )
+
+
+def _first(lines: Iterable[str], count: int = 3) -> list[str]:
+    lines = list(lines)
+    return lines[:count] + ([f"and {len(lines) - count} more"] if len(lines) > count else [])
+
+
+def conversion_of(model: nn.Module) -> Conversion:
+    """The conversion a binarized model went through.
+
+    Raises:
+        ConversionError: the model was not made by `binarize` or `load`.
+    """
+    conversion = getattr(model, _RECORD, None)
+    if not isinstance(conversion, Conversion):
+        raise ConversionError(
+            f"{type(model).__name__} is not a binarized model: call binarize(model) first"
+        )
+    return conversion
+
+
+def count_convolutions(model: nn.Module) -> int:
+    """How many distinct convolution modules a model holds."""
+    return sum(isinstance(module, _ConvNd) for module in model.modules())
+
+
+def floating_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's floating-point parameters; float32 when it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -1,0 +1,131 @@
+"""The arithmetic of 1-bit layers, each formula once: tensors in, tensors out.
+
+Shapes: N batch, C channels, G groups, spatial dimensions written as `...`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+SignGradient = Literal["approx", "clip"]
+
+
+class _SignSTE(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, gradient: SignGradient) -> Tensor:
+        one = input.new_ones(())
+        return torch.where(input > 0, one, -one)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, SignGradient], output: Tensor) -> None:
+        input, ctx.gradient = inputs
+        ctx.save_for_backward(input)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (input,) = ctx.saved_tensors
+        return grads[0] * sign_surrogate(input, ctx.gradient), None
+
+
+def binarize_ste(input: Tensor, gradient: SignGradient = "approx") -> Tensor:
+    r"""Strict sign with a straight-through gradient.
+
+    .. math:: b(x) = +1 \text{ if } x > 0 \text{ else } -1
+
+    Zero, negative zero and NaN become -1. The comparison is strict because most networks
+    feed convolutions from a ReLU, where `x >= 0` would always hold.
+
+    Args:
+        input: any floating-point tensor.
+        gradient: "approx" (Bi-Real Net, arXiv 1808.00278) or "clip" (BinaryConnect/BNN,
+            arXiv 1602.02830); see `sign_surrogate`.
+
+    Returns:
+        A tensor of the same shape and dtype holding only -1 and +1.
+
+    Raises:
+        ValueError: when `gradient` is not one of the two.
+
+    Example:
+        >>> binarize_ste(torch.tensor([-0.5, 0.0, 2.0]))
+        tensor([-1., -1.,  1.])
+    """
+    if gradient not in ("approx", "clip"):
+        raise ValueError(f"gradient must be 'approx' or 'clip', not {gradient!r}")
+    if has_torch_function_unary(input):  # one node in a traced graph
+        traced: Tensor = handle_torch_function(binarize_ste, (input,), input, gradient)
+        return traced
+    apply: Callable[[Tensor, SignGradient], Tensor] = _SignSTE.apply
+    return apply(input, gradient)
+
+
+def sign_surrogate(input: Tensor, gradient: SignGradient) -> Tensor:
+    r"""The derivative that stands in for that of the sign.
+
+    .. math:: \text{clip: } 1_{|x| \le 1} \qquad \text{approx: } (2 - 2|x|)\, 1_{|x| \le 1}
+
+    Args:
+        input: what the sign was taken of, any shape.
+        gradient: "clip" or "approx".
+
+    Returns:
+        A tensor of the shape of `input`; zero where `input` is NaN.
+    """
+    magnitude = input.abs()
+    slope = torch.ones_like(magnitude) if gradient == "clip" else 2 - 2 * magnitude
+    return torch.where(magnitude <= 1, slope, torch.zeros_like(magnitude))
+
+
+def weight_scale(weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
+    r"""Mean magnitude of each output channel's weights (XNOR-Net, arXiv 1603.05279).
+
+    .. math:: s_c = \frac{1}{n} \lVert W_c \rVert_1
+
+    Args:
+        weight: (C_out, C_in / G, ...), or (C_in, C_out / G, ...) when `transposed`.
+        groups: G, needed only when `transposed`.
+        transposed: whether the weight belongs to a transposed convolution.
+
+    Returns:
+        (C_out,)
+
+    Example:
+        >>> weight_scale(torch.tensor([[[1.0, -3.0]]]))
+        tensor([2.])
+    """
+    if not transposed:
+        return weight.abs().flatten(1).mean(1)
+    per_group = weight.abs().unflatten(0, (groups, -1)).flatten(3).mean(3)  # G, C_in/G, C_out/G
+    return per_group.mean(1).flatten()
+
+
+def xnor_activation_scale(
+    input: Tensor, out_channels: int, groups: int, box_filter: Callable[[Tensor, Tensor], Tensor],
+    kernel_size: tuple[int, ...],
+) -> Tensor:
+    r"""The scale XNOR-Net gives each output position (arXiv 1603.05279, section 3.2).
+
+    .. math:: K = A * k, \quad A = \tfrac{G}{C}\sum_{c \in g} |x_c|, \quad k = 1 / \prod(\text{kernel})
+
+    Args:
+        input: (N, C, ...) or (C, ...), the convolution's real-valued input.
+        out_channels: C_out.
+        groups: G; each group of output channels is scaled by its own group of inputs.
+        box_filter: the convolution's geometry: maps (A, k) to K, with G groups.
+        kernel_size: spatial size of the kernel.
+
+    Returns:
+        (N, 1, ...) when G is 1, else (N, C_out, ...): broadcasts over the output.
+    """
+    channel_dim = -1 - len(kernel_size)
+    magnitude = input.abs().unflatten(channel_dim, (groups, -1)).mean(channel_dim)
+    taps = input.new_full((groups, 1, *kernel_size), 1 / torch.Size(kernel_size).numel())
+    scale = box_filter(magnitude, taps)
+    return scale if groups == 1 else scale.repeat_interleave(out_channels // groups, channel_dim)

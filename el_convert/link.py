@@ -1,0 +1,261 @@
+"""The Elastic-Link gate and the alignment it needs (Hu et al., AAAI 2022, arXiv 2112.10149).
+
+The paper's method section leaves the alignment open; what is done here is written down in
+`align_space` and `align_channels`, and each choice is a field of `LinkOptions`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from el_convert.recipes import LinkOptions
+
+
+@dataclass(frozen=True)
+class LinkGeometry:
+    """The part of a convolution's geometry its link must follow.
+
+    Attributes:
+        in_channels, out_channels: C_in, C_out.
+        stride: per spatial dimension.
+        offset: per spatial dimension, the input index where the first window of `stride` pixels
+            starts (negative: outside); for transposed convolutions the output index where the
+            first input pixel's block starts.
+        transposed: whether the convolution is a transposed one.
+    """
+
+    in_channels: int
+    out_channels: int
+    stride: tuple[int, ...]
+    offset: tuple[int, ...]
+    transposed: bool = False
+
+
+def link_geometry(conv: nn.modules.conv._ConvNd) -> LinkGeometry:
+    r"""The geometry of a convolution's link: windows centred on the receptive fields.
+
+    Output i sees the input around `i * stride - padding + dilation * (kernel - 1) / 2`; a window
+    of `stride` pixels centred there starts, rounded up, at
+
+    .. math:: i \cdot s + \lceil (d (k - 1) - (s - 1)) / 2 \rceil - p
+
+    so "same" padding gives plain pooling by the stride, patch embeddings pool their own patch,
+    and "valid" padding crops the border that the kernel cannot centre on.
+    """
+    spans = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    excess = [span - (s - 1) for span, s in zip(spans, conv.stride, strict=True)]
+    if isinstance(conv.padding, str):
+        offset = [0 if conv.padding == "same" else math.ceil(e / 2) for e in excess]
+    elif conv.transposed:
+        offset = [e // 2 - int(p) for e, p in zip(excess, conv.padding, strict=True)]
+    else:
+        offset = [math.ceil(e / 2) - int(p) for e, p in zip(excess, conv.padding, strict=True)]
+    return LinkGeometry(
+        conv.in_channels, conv.out_channels, tuple(conv.stride), tuple(offset), conv.transposed
+    )
+
+
+def align_space(
+    input: Tensor, size: Sequence[int], geometry: LinkGeometry, downsample: str = "average"
+) -> Tensor:
+    """Bring the spatial size to the convolution's output size.
+
+    Stride pools over windows of `stride` pixels, the last one over what is left (`ceil_mode`);
+    transposed convolutions repeat each pixel `stride` times. What the windows do not cover is
+    cropped; positions that see only padding are 0.
+
+    Args:
+        input: (N, C, ...) or (C, ...), any number of spatial dimensions.
+        size: spatial size to reach.
+        geometry: of the convolution.
+        downsample: "average", "max" or "slice" (the window's first pixel).
+
+    Returns:
+        (N, C, *size) or (C, *size)
+    """
+    if geometry.transposed:
+        return _upsample(input, size, geometry)
+    pads: list[int] = []
+    dims = zip(input.shape[-len(size) :], size, geometry.stride, geometry.offset, strict=True)
+    for have, want, stride, offset in dims:
+        left = have - offset
+        short = -(-left // stride) != want
+        pads = [-offset, want * stride - left if short else 0, *pads]  # F.pad: last dimension first
+    if any(pads):
+        input = F.pad(input, pads)
+    return _pool(input, geometry.stride, downsample) if max(geometry.stride) > 1 else input
+
+
+def _pool(input: Tensor, stride: tuple[int, ...], downsample: str) -> Tensor:
+    if downsample == "slice":
+        return input[(..., *(slice(None, None, step) for step in stride))]
+    pools = {
+        "average": (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+        "max": (F.max_pool1d, F.max_pool2d, F.max_pool3d),
+    }
+    pooled: Tensor = pools[downsample][len(stride) - 1](input, stride, stride, ceil_mode=True)
+    return pooled
+
+
+def _upsample(input: Tensor, size: Sequence[int], geometry: LinkGeometry) -> Tensor:
+    pads: list[int] = []
+    spatial = len(size)
+    dims = zip(range(-spatial, 0), size, geometry.stride, geometry.offset, strict=True)
+    for dim, want, stride, offset in dims:
+        input = input.repeat_interleave(stride, dim) if stride > 1 else input
+        pads = [offset, want - offset - input.shape[dim], *pads]
+    return F.pad(input, pads) if any(pads) else input
+
+
+def align_channels(
+    input: Tensor, channels: int, dim: int = 1, squeeze: str = "mean", expand: str = "repeat"
+) -> Tensor:
+    r"""Bring the number of channels from C to C'.
+
+    *Squeeze*: output c summarizes the inputs from :math:`\lfloor cC/C' \rfloor` up to
+    :math:`\lceil (c+1)C/C' \rceil`, groups of C / C' where that is a whole number, overlapping by
+    one channel where it is not. *Expand*: output c copies input :math:`\lfloor cC/C' \rfloor`
+    ("repeat") or :math:`c \bmod C` ("tile"), or is 0 from C on ("zero"). Both stay inside the
+    groups of a grouped convolution.
+
+    Args:
+        input: any shape with C channels at `dim`.
+        channels: C'.
+        dim: where the channels are.
+        squeeze: "mean", "sum", or "slice" (the group's first channel).
+        expand: "repeat", "tile" or "zero".
+
+    Returns:
+        The shape of `input` with C' channels at `dim`.
+
+    Example:
+        >>> align_channels(torch.tensor([[1.0, 3.0, 5.0, 7.0]]), 2)
+        tensor([[2., 6.]])
+    """
+    have = input.shape[dim]
+    if have == channels:
+        return input
+    if have < channels and expand == "zero":
+        padding = input.new_zeros(()).expand(_with_size(input, dim, channels - have))
+        return torch.cat([input, padding], dim)
+    if have < channels or squeeze == "slice":
+        tile = have < channels and expand == "tile"
+        return _pick_channels(input, channels, dim, tile)
+    return _squeeze(input, channels, dim, squeeze)
+
+
+def _with_size(input: Tensor, dim: int, size: int) -> list[int]:
+    shape = list(input.shape)
+    shape[dim] = size
+    return shape
+
+
+def _pick_channels(input: Tensor, channels: int, dim: int, tile: bool) -> Tensor:
+    have = input.shape[dim]
+    if not tile and channels % have == 0:
+        return input.repeat_interleave(channels // have, dim)
+    target = torch.arange(channels, device=input.device)
+    return input.index_select(dim, target % have if tile else target * have // channels)
+
+
+def _squeeze(input: Tensor, channels: int, dim: int, squeeze: str) -> Tensor:
+    have = input.shape[dim]
+    if have % channels == 0:
+        groups = input.unflatten(dim, (channels, -1))
+        inner = dim + 1 if dim >= 0 else dim
+        return groups.mean(inner) if squeeze == "mean" else groups.sum(inner)
+    # Adaptive pooling bins exactly as documented; channels stand in for the height of an image.
+    dim %= input.dim()
+    lead, trail = input.shape[:dim], input.shape[dim + 1 :]
+    if input.numel() == 0:  # which adaptive pooling refuses
+        return input.new_zeros((*lead, channels, *trail))
+    image = input.reshape(lead.numel(), 1, have, trail.numel())
+    mean = F.adaptive_avg_pool2d(image, (channels, trail.numel()))
+    mean = mean.reshape(*lead, channels, *trail)
+    if squeeze == "mean":
+        return mean
+    return mean * bin_sizes(have, channels).to(mean).view(-1, *[1] * len(trail))
+
+
+def bin_sizes(have: int, channels: int) -> Tensor:
+    """How many of `have` channels each of `channels` outputs summarizes: (channels,) integers."""
+    target = torch.arange(channels)
+    return -(-(target + 1) * have // channels) - target * have // channels
+
+
+class ElasticLink(nn.Module):
+    r"""The gate: :math:`y + \gamma \cdot \text{align}(x)` (Elastic-Link, arXiv 2112.10149).
+
+    Args:
+        geometry: of the convolution it goes around.
+        options: alignment and gamma; see `LinkOptions`.
+        like: a tensor whose device and dtype gamma takes.
+
+    Shape:
+        input (N, C_in, ...) and the convolution's output (N, C_out, ...) to (N, C_out, ...);
+        the batch dimension may be missing from both. `gamma` is (C_out,) or (1,).
+
+    Example:
+        >>> link = ElasticLink(link_geometry(nn.Conv2d(8, 4, 1)))
+        >>> link.kind, tuple(link.gamma.shape)
+        ('squeeze', (4,))
+    """
+
+    def __init__(
+        self,
+        geometry: LinkGeometry,
+        options: LinkOptions | None = None,
+        like: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.options = options = options or LinkOptions()
+        like = torch.empty(()) if like is None else like
+        size = geometry.out_channels if options.gamma == "channel" else 1
+        gamma = torch.full((size,), options.gamma_init, dtype=like.dtype, device=like.device)
+        self.register_parameter("gamma", nn.Parameter(gamma) if options.gamma != "fixed" else None)
+
+    @property
+    def kind(self) -> str:
+        """How channels are matched: "identity", "squeeze" or "expand"."""
+        have, want = self.geometry.in_channels, self.geometry.out_channels
+        return "identity" if have == want else "squeeze" if have > want else "expand"
+
+    @property
+    def spatial_kind(self) -> str:
+        """How space is matched: "" when sizes agree, else "pooled", "upsampled" or "cropped"."""
+        if max(self.geometry.stride) > 1:
+            return "upsampled" if self.geometry.transposed else "pooled"
+        return "cropped" if any(self.geometry.offset) else ""
+
+    def align(self, input: Tensor, output: Tensor) -> Tensor:
+        """`input` brought to the shape of `output`, without gamma."""
+        spatial = len(self.geometry.stride)
+        aligned = align_space(
+            input, output.shape[-spatial:], self.geometry, self.options.downsample
+        )
+        return align_channels(
+            aligned,
+            self.geometry.out_channels,
+            -1 - spatial,
+            self.options.squeeze,
+            self.options.expand,
+        )
+
+    def forward(self, input: Tensor, output: Tensor) -> Tensor:
+        aligned = self.align(input, output)
+        if self.gamma is None:
+            return output + self.options.gamma_init * aligned
+        gamma = self.gamma.view(-1, *[1] * len(self.geometry.stride))
+        return torch.addcmul(output, gamma, aligned)
+
+    def extra_repr(self) -> str:
+        channels = f"{self.geometry.in_channels} -> {self.geometry.out_channels}"
+        kinds = ", ".join(filter(None, (self.kind, self.spatial_kind)))
+        return f"{channels}, {kinds}, gamma={self.options.gamma}"

@@ -1,0 +1,289 @@
+"""Training-time layers: binary convolutions that are torch's own, and ReActNet's activation.
+
+Each `BinaryConv*` subclasses torch's class and, made by `from_float`, shares its Parameters, so
+`layer1.0.conv1.weight` keeps its name and every float checkpoint still loads. The gate is its
+child `link`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from el_convert.errors import ConversionError
+from el_convert.functional import binarize_ste, weight_scale, xnor_activation_scale
+from el_convert.link import ElasticLink, link_geometry
+from el_convert.recipes import Recipe, find_recipe
+
+LayerT = TypeVar("LayerT", bound="BinaryConv")
+
+
+class BinaryConv(_ConvNd):
+    r"""What all binary convolutions share; use the subclass of the dimension you need.
+
+    .. math:: y = s \cdot \text{conv}(\text{pad}_0(b(x - t)), b(w)) + \text{bias}, \qquad
+              \text{out} = y + \gamma \cdot \text{align}(x)
+
+    Zero padding comes after the sign, so a padded position contributes exactly 0.
+    :math:`b` is the strict sign, :math:`s` the weight scale (XNOR-Net, arXiv 1603.05279),
+    :math:`t` an optional learned threshold (ReActNet, arXiv 2003.03488), and the last term the
+    Elastic-Link gate (arXiv 2112.10149). Which of these are there is the recipe's choice.
+
+    Args:
+        *args, **kwargs: those of torch's class of the same dimension.
+        recipe: a recipe or its name.
+
+    Attributes:
+        threshold: (C_in,) or None.
+        learned_scale: (C_out,) or None.
+        norm: a norm moved between convolution and link (`link.place=after-norm`), or None.
+        link: the gate, or None.
+
+    Raises:
+        UnknownNameError: no recipe has that name.
+
+    Example:
+        >>> layer = BinaryConv2d(8, 16, 1)
+        >>> layer(torch.randn(1, 8, 5, 5)).shape, layer.link.kind
+        (torch.Size([1, 16, 5, 5]), 'expand')
+    """
+
+    recipe: Recipe
+    threshold: nn.Parameter | None
+    learned_scale: nn.Parameter | None
+    norm: nn.Module | None
+    link: ElasticLink | None
+
+    def __init__(
+        self, *args: Any, recipe: Recipe | str = "elastic-link", **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._attach(find_recipe(recipe))
+
+    @classmethod
+    def from_float(cls: type[LayerT], conv: nn.Module, recipe: Recipe | str) -> LayerT:
+        """A binary layer with the Parameters, mode, hooks and attributes of a convolution.
+
+        Args:
+            conv: an initialized convolution of the same dimension; not changed.
+            recipe: a recipe or its name.
+
+        Raises:
+            ConversionError: `conv` is not a convolution, or is lazy.
+        """
+        if not isinstance(conv, _ConvNd):
+            raise ConversionError(f"{type(conv).__name__} is not a convolution")
+        if isinstance(conv.weight, nn.parameter.UninitializedParameter):
+            raise ConversionError(f"{type(conv).__name__} has no weights yet: run one forward first")
+        layer = cls.__new__(cls)
+        # Not __init__, which would draw new weights: the random state stays as it was.
+        layer.__dict__.update(
+            {
+                name: value.copy() if isinstance(value, (dict, set)) else value
+                for name, value in vars(conv).items()
+            }
+        )
+        layer._attach(find_recipe(recipe))
+        return layer
+
+    def _attach(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        weight = self.latent_weight().detach()
+        threshold = weight.new_zeros(self.in_channels)
+        learned = recipe.input.binary and recipe.input.threshold == "learned"
+        self.register_parameter("threshold", nn.Parameter(threshold) if learned else None)
+        learned = recipe.weight.binary and recipe.weight.scale == "learned"
+        scale = self._mean_scale(weight) if learned else None
+        self.register_parameter("learned_scale", None if scale is None else nn.Parameter(scale))
+        self.norm = None
+        linked = recipe.link.enabled and (
+            recipe.link.where == "all" or self.in_channels == self.out_channels
+        )
+        geometry = link_geometry(self)
+        self.link = ElasticLink(geometry, recipe.link, like=weight) if linked else None
+
+    def latent_weight(self) -> Tensor:
+        """The real-valued weight whose sign is used, of the shape of `weight`."""
+        return self.weight
+
+    def output_scale(self) -> Tensor | None:
+        """The weight scale, (C_out,), or None where the recipe has none."""
+        kind = self.recipe.weight.scale
+        if not self.recipe.weight.binary or kind == "none":
+            return None
+        if kind == "learned":
+            return self.learned_scale
+        scale = self._mean_scale(self.latent_weight())
+        return scale.detach() if kind == "mean-detached" else scale
+
+    def _mean_scale(self, weight: Tensor) -> Tensor:
+        return weight_scale(weight, groups=self.groups, transposed=self.transposed)
+
+    def _channelwise(self, values: Tensor) -> Tensor:
+        return values.view(-1, *[1] * len(self.kernel_size))
+
+    def _binary_input(self, input: Tensor) -> Tensor:
+        if not self.recipe.input.binary:
+            return input
+        if self.threshold is not None:
+            input = input - self._channelwise(self.threshold)
+        return binarize_ste(input, self.recipe.input.gradient)
+
+    def _binary_output(self, input: Tensor, output_size: Sequence[int] | None) -> Tensor:
+        signs, weight = self._binary_input(input), self.latent_weight()
+        if not self.recipe.weight.binary and self.recipe.input.scale == "none":
+            return self._apply_kernel(signs, weight, self.bias, output_size)
+        if self.recipe.weight.binary:
+            weight = binarize_ste(weight, self.recipe.weight.gradient)
+        output = self._apply_kernel(signs, weight, None, output_size)
+        scale = self.output_scale()
+        if scale is not None:
+            output = output * self._channelwise(scale)
+        if self.recipe.input.scale == "xnor":
+            output = output * self._activation_scale(input, output_size)
+        return output if self.bias is None else output + self._channelwise(self.bias)
+
+    def _activation_scale(self, input: Tensor, output_size: Sequence[int] | None) -> Tensor:
+        def box_filter(magnitude: Tensor, taps: Tensor) -> Tensor:
+            return self._apply_kernel(magnitude, taps, None, output_size)
+
+        return xnor_activation_scale(
+            input, self.out_channels, self.groups, box_filter, self.kernel_size
+        )
+
+    def _apply_kernel(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        output_size: Sequence[int] | None,
+    ) -> Tensor:
+        output: Tensor = self._conv_forward(input, weight, bias)
+        return output
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        output = self._binary_output(input, output_size)
+        if self.norm is not None:
+            output = self.norm(output)
+        return output if self.link is None else self.link(input, output)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, recipe={self.recipe.name}"
+
+
+class _BinaryConvTranspose(BinaryConv, _ConvTransposeNd):
+    """Transposed convolutions; `output_size` as in torch."""
+
+    def _apply_kernel(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        output_size: Sequence[int] | None,
+    ) -> Tensor:
+        dims = len(self.kernel_size)
+        size = None if output_size is None else list(output_size)
+        padding = self._output_padding(  # type: ignore[no-untyped-call]
+            input, size, self.stride, self.padding, self.kernel_size, dims, self.dilation
+        )
+        transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        return transpose(
+            input, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation
+        )
+
+
+class BinaryConv1d(BinaryConv, nn.Conv1d):
+    """1-bit `torch.nn.Conv1d`: (N, C_in, L) to (N, C_out, L'); see `BinaryConv`."""
+
+
+class BinaryConv2d(BinaryConv, nn.Conv2d):
+    """1-bit `torch.nn.Conv2d`: (N, C_in, H, W) to (N, C_out, H', W'); see `BinaryConv`."""
+
+
+class BinaryConv3d(BinaryConv, nn.Conv3d):
+    """1-bit `torch.nn.Conv3d`: (N, C_in, D, H, W) to (N, C_out, ...); see `BinaryConv`."""
+
+
+class BinaryConvTranspose1d(_BinaryConvTranspose, nn.ConvTranspose1d):
+    """1-bit `torch.nn.ConvTranspose1d`; see `BinaryConv`."""
+
+
+class BinaryConvTranspose2d(_BinaryConvTranspose, nn.ConvTranspose2d):
+    """1-bit `torch.nn.ConvTranspose2d`; see `BinaryConv`."""
+
+
+class BinaryConvTranspose3d(_BinaryConvTranspose, nn.ConvTranspose3d):
+    """1-bit `torch.nn.ConvTranspose3d`; see `BinaryConv`."""
+
+
+class BinaryStdConv2d(BinaryConv2d):
+    r"""Weight-standardized convolutions: the standardized weight is what is binarized.
+
+    .. math:: \hat w = (w - \mu) / \sqrt{\sigma^2 + \epsilon}
+
+    over each output channel (arXiv 1903.10520). Takes over the attributes of timm's `StdConv2d`.
+    """
+
+    eps: float
+
+    def latent_weight(self) -> Tensor:
+        return self._standardized(None)
+
+    def _standardized(self, factor: Tensor | None) -> Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(
+            flat, None, None, weight=factor, training=True, momentum=0.0, eps=self.eps
+        )
+        return weight.reshape_as(self.weight)
+
+
+class BinaryScaledStdConv2d(BinaryStdConv2d):
+    r"""Scaled weight standardization (NF-ResNet, arXiv 2101.08692).
+
+    .. math:: \hat w = (w - \mu) / \sqrt{\sigma^2 + \epsilon} \cdot \text{gain} \cdot \text{scale}
+
+    Takes over the attributes of timm's `ScaledStdConv2d`.
+    """
+
+    gain: nn.Parameter
+    scale: float
+
+    def latent_weight(self) -> Tensor:
+        return self._standardized((self.gain * self.scale).view(-1))
+
+
+class RPReLU(nn.Module):
+    r"""ReActNet's shifted PReLU (arXiv 2003.03488, section 4.2).
+
+    .. math:: f(x) = \text{PReLU}(x - \alpha_c) + \zeta_c
+
+    Args:
+        channels: C.
+        slope: where the negative slope starts.
+
+    Shape:
+        (N, C, ...) to the same shape.
+
+    Example:
+        >>> RPReLU(3)(torch.ones(1, 3, 2, 2)).shape
+        torch.Size([1, 3, 2, 2])
+    """
+
+    def __init__(self, channels: int, slope: float = 0.25) -> None:
+        super().__init__()
+        self.shift_in = nn.Parameter(torch.zeros(channels))
+        self.shift_out = nn.Parameter(torch.zeros(channels))
+        self.slope = nn.Parameter(torch.full((channels,), slope))
+
+    def forward(self, input: Tensor) -> Tensor:
+        shape = (-1, *[1] * (input.dim() - 2))
+        shifted = F.prelu(input - self.shift_in.view(shape), self.slope)
+        return shifted + self.shift_out.view(shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.slope.numel()}"

@@ -1,0 +1,194 @@
+"""Deciding: every convolution of a model ends as *binarize* or *keep, because ...*. As data."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+from torch.jit import ScriptModule
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from el_convert.activations import ActivationChange, plan_activations
+from el_convert.errors import ConversionError, UnknownNameError
+from el_convert.nn import BinaryConv
+from el_convert.patterns import KEPT_BY_NAME, Action, dotted_name, find_pattern, first_match
+from el_convert.recipes import Recipe, find_recipe
+from el_convert.sites import Site, find_sites
+
+_WRAPPERS = {
+    "torch.nn.parallel.data_parallel.DataParallel": "wrapped in DataParallel",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "wrapped in DistributedDataParallel",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FSDP-wrapped",
+    "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule": "sharded by fully_shard",
+    "torch._dynamo.eval_frame.OptimizedModule": "compiled by torch.compile",
+}
+NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.GroupNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one convolution module.
+
+    Attributes:
+        path: its first qualified name.
+        pattern: name of the row that decided.
+        action: "binarize" or "keep".
+        reason: why, in words.
+        norm: qualified name of the norm that moves inside (`link.place=after-norm`), or "".
+    """
+
+    path: str
+    pattern: str
+    action: Action
+    reason: str
+    norm: str = ""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Everything a conversion does, as data: what is applied, saved and replayed.
+
+    Attributes:
+        recipe: the choices.
+        decisions: one per distinct convolution module.
+        activations: what becomes of the activations that feed binarized convolutions.
+    """
+
+    recipe: Recipe
+    decisions: tuple[Decision, ...]
+    activations: tuple[ActivationChange, ...] = ()
+
+    @property
+    def binarized(self) -> tuple[Decision, ...]:
+        """The decisions that binarize."""
+        return tuple(d for d in self.decisions if d.action == "binarize")
+
+    @property
+    def kept(self) -> tuple[Decision, ...]:
+        """The decisions that keep."""
+        return tuple(d for d in self.decisions if d.action == "keep")
+
+
+def plan(
+    model: nn.Module, recipe: Recipe | str = "elastic-link", *, keep: Sequence[str] = ()
+) -> tuple[Decision, ...]:
+    """Say what `binarize` would do, without doing it.
+
+    Args:
+        model: any module that holds convolutions; left as it was.
+        recipe: a recipe or its name.
+        keep: globs on qualified names; what they match stays in float.
+
+    Returns:
+        One Decision per distinct convolution module, in the order of `named_modules`.
+
+    Raises:
+        ConversionError: the model is wrapped, compiled, scripted, lazy or binarized already.
+        UnknownNameError: an unknown recipe, or a glob that matches no convolution.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3),
+        ...                       nn.Flatten(), nn.LazyLinear(10))
+        >>> [d.action for d in plan(model)]
+        ['keep', 'binarize']
+    """
+    return plan_conversion(model, recipe, keep=keep).decisions
+
+
+def plan_conversion(
+    model: nn.Module, recipe: Recipe | str = "elastic-link", *, keep: Sequence[str] = ()
+) -> Conversion:
+    """Like `plan`, with the recipe and the activations."""
+    recipe = find_recipe(recipe)
+    _refuse_unconvertible(model)
+    sites = find_sites(model)
+    globs = [keep] if isinstance(keep, str) else list(keep)
+    _refuse_idle_globs(globs, sites)
+    decisions = [_decide(site, recipe, globs) for site in sites]
+    chosen = [s for s, d in zip(sites, decisions, strict=True) if d.action == "binarize"]
+    if recipe.link.enabled and recipe.link.place == "after-norm":
+        norms = _movable_norms(chosen)
+        decisions = [replace(d, norm=norms.get(d.path, "")) for d in decisions]
+    return Conversion(recipe, tuple(decisions), plan_activations(chosen, recipe.activation))
+
+
+def _decide(site: Site, recipe: Recipe, globs: Sequence[str]) -> Decision:
+    for glob in globs:
+        if any(fnmatch.fnmatchcase(name, glob) for name in (site.path, *site.aliases)):
+            return Decision(site.path, KEPT_BY_NAME, "keep", f"named by keep={glob!r}")
+    row = first_match(site, recipe)
+    reason = row.reason
+    if row.name == "unknown-class":
+        reason = f"{dotted_name(type(site.conv))}: {reason}"
+    return Decision(site.path, row.name, row.action, reason)
+
+
+def _refuse_idle_globs(globs: Sequence[str], sites: Sequence[Site]) -> None:
+    names = [name for site in sites for name in (site.path, *site.aliases)]
+    for glob in globs:
+        if not fnmatch.filter(names, glob):
+            below = [name for name in names if name.startswith(f"{glob}.")]
+            hint = f"it matches no convolution; try {glob + '.*'!r}" if below else ""
+            hint = hint or "it matches no convolution; --dry-run lists their names"
+            raise UnknownNameError("keep glob", glob, () if below else names, hint)
+
+
+def _refuse_unconvertible(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"binarize takes a torch.nn.Module, not {type(model).__name__}")
+    for path, module in model.named_modules():
+        where = f"{path or 'the model'} ({type(module).__name__})"
+        for kind in type(module).__mro__:
+            if dotted_name(kind) in _WRAPPERS:
+                state = _WRAPPERS[dotted_name(kind)]
+                raise ConversionError(
+                    f"{where} is {state}: binarize the plain model first, wrap it after"
+                )
+        if isinstance(module, ScriptModule):
+            raise ConversionError(f"{where} is TorchScript: binarize the Python model, script after")
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise ConversionError(f"{where} is compiled: binarize the model first, compile it after")
+        if isinstance(module, BinaryConv):
+            raise ConversionError(
+                f"{where} is a binary convolution: this model is binarized already; "
+                "start from the float model"
+            )
+        if isinstance(module, _ConvNd) and isinstance(module, LazyModuleMixin):
+            raise ConversionError(
+                f"{where} is lazy and has no weights yet: run one forward, then binarize"
+            )
+
+
+def unexpected_keeps(conversion: Conversion) -> tuple[Decision, ...]:
+    """Kept convolutions the user may not know of: hooked, parametrized, of an unknown class."""
+    return tuple(
+        d for d in conversion.kept if d.pattern != KEPT_BY_NAME and find_pattern(d.pattern).unexpected
+    )
+
+
+def _movable_norms(sites: Sequence[Site]) -> dict[str, str]:
+    """Norms read by nothing but one convolution's one call, by that convolution's path."""
+    moves: dict[str, str] = {}
+    for site in sites:
+        if site.calls != 1 or len(site.consumers) != 1:
+            continue
+        facts, _ = site.uses[0]
+        (node,) = site.consumers
+        norm = facts.module(node)
+        plain = type(norm) in NORMS and not (norm._forward_hooks or norm._forward_pre_hooks)  # type: ignore[union-attr]
+        calls = sum(facts.module(other) is norm for other in facts.position) if plain else 0
+        if calls == 1 and not facts.region.path:
+            moves[site.path] = str(node.target)
+    return moves

@@ -1,0 +1,184 @@
+"""Sites: every convolution of a model with what a pattern may want to know of its surroundings."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from el_convert.facts import GraphFacts, name_of, tensor_inputs, visit
+from el_convert.tracing import trace_regions
+
+_IMAGE_CHANNELS = 4  # a region's own input counts as the image up to RGBA
+
+
+@dataclass(frozen=True)
+class Site:
+    """One distinct convolution module of a model.
+
+    Attributes:
+        path: its first qualified name.
+        aliases: every further name of the same module.
+        conv: the module.
+        uses: every call in a graph, with the facts of that graph; empty when no graph holds it.
+        reads_image: whether a model input reaches it through no learned mixing of channels.
+        feeds_output: whether its result reaches the model's output through no further layer.
+        single_pixel: whether it only ever works on maps of one pixel.
+        on_shortcut: whether it is the projection on a residual shortcut.
+        nonnegative_input: whether its input cannot be below 0.
+    """
+
+    path: str
+    aliases: tuple[str, ...]
+    conv: _ConvNd
+    uses: tuple[tuple[GraphFacts, fx.Node], ...] = ()
+    reads_image: bool = False
+    feeds_output: bool = False
+    single_pixel: bool = False
+    on_shortcut: bool = False
+    nonnegative_input: bool = False
+
+    @property
+    def calls(self) -> int:
+        """How often the graphs call it."""
+        return len(self.uses)
+
+    @property
+    def node(self) -> fx.Node | None:
+        """Its first call in a graph; None when no graph holds it."""
+        return self.uses[0][1] if self.uses else None
+
+    @property
+    def producer(self) -> fx.Node | None:
+        """The node its first call reads."""
+        return producer(self.uses[0][1]) if self.uses else None
+
+    @property
+    def consumers(self) -> tuple[fx.Node, ...]:
+        """The nodes that read its first call's result."""
+        return tuple(self.uses[0][1].users) if self.uses else ()
+
+
+def find_sites(model: nn.Module) -> tuple[Site, ...]:
+    """One Site per distinct convolution module, in the order of `named_modules`.
+
+    Args:
+        model: any module; left as it was.
+    """
+    graphs = [GraphFacts(region) for region in trace_regions(model) if region.graph is not None]
+    calls: dict[int, list[tuple[GraphFacts, fx.Node]]] = {}
+    for facts in graphs:
+        for node in facts.position:
+            module = facts.module(node)
+            if isinstance(module, _ConvNd):
+                calls.setdefault(id(module), []).append((facts, node))
+    names: dict[int, list[str]] = {}
+    convs: dict[int, _ConvNd] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _ConvNd):
+            names.setdefault(id(module), []).append(path)
+            convs[id(module)] = module
+    return tuple(_site(convs[key], names[key], calls.get(key, [])) for key in convs)
+
+
+def _site(conv: _ConvNd, names: list[str], calls: list[tuple[GraphFacts, fx.Node]]) -> Site:
+    path, *aliases = names
+    if not calls:
+        return Site(path, tuple(aliases), conv)
+    return Site(
+        path,
+        tuple(aliases),
+        conv,
+        tuple(calls),
+        reads_image=any(_reads_image(f, n, conv) for f, n in calls),
+        feeds_output=any(_feeds_output(f, n) for f, n in calls),
+        single_pixel=all(f.of[producer(n)].pooled for f, n in calls),
+        on_shortcut=any(_on_shortcut(f, n) for f, n in calls),
+        nonnegative_input=all(f.of[producer(n)].nonnegative for f, n in calls),
+    )
+
+
+def producer(node: fx.Node) -> fx.Node:
+    """The node a call's first input comes from."""
+    return next(iter(node.all_input_nodes))
+
+
+def _reads_image(facts: GraphFacts, node: fx.Node, conv: _ConvNd) -> bool:
+    if facts.region.path and conv.in_channels // conv.groups > _IMAGE_CHANNELS:
+        return False  # inside a region the input is usually a feature map
+    reached = False
+
+    def step(value: fx.Node) -> Iterable[fx.Node]:
+        nonlocal reached
+        reached = reached or value.op == "placeholder"
+        return () if facts.mixes(value) else tensor_inputs(value)
+
+    visit([producer(node)], step)
+    return reached
+
+
+def _feeds_output(facts: GraphFacts, conv: fx.Node) -> bool:
+    """Follow the result forward through parameter-free operations, but not around a residual."""
+    if facts.region.path:
+        return False  # a region's output is rarely the model's
+    carried = {conv}
+    # In graph order, so that all of a node's inputs are settled before it is.
+    heap = [(facts.position[user], user) for user in conv.users]
+    heapq.heapify(heap)
+    while heap:
+        _, node = heapq.heappop(heap)
+        if node.op == "output":
+            return True
+        if node not in carried and _passes_on(facts, conv, node, carried):
+            carried.add(node)
+            for user in node.users:
+                heapq.heappush(heap, (facts.position[user], user))
+    return False
+
+
+def _passes_on(facts: GraphFacts, conv: fx.Node, node: fx.Node, carried: set[fx.Node]) -> bool:
+    module = facts.module(node)
+    if module is not None and any(True for _ in module.parameters()):
+        return False
+    others = [value for value in tensor_inputs(node) if value not in carried]
+    return not any(facts.is_ancestor(o, conv) or facts.is_ancestor(conv, o) for o in others)
+
+
+def _on_shortcut(facts: GraphFacts, conv: fx.Node) -> bool:
+    """A lone convolution added to a branch of at least two that starts where it starts."""
+    fork = set(_before(producer(conv)))
+    start = facts.of[producer(conv)].depth
+    for add in _adds_after(facts, conv):
+        for other in tensor_inputs(add):
+            longer = facts.of[other].depth - start >= 2
+            apart = not facts.is_ancestor(conv, other) and other is not conv
+            if longer and apart and any(facts.is_ancestor(node, other) for node in fork):
+                return True
+    return False
+
+
+def _before(node: fx.Node) -> Iterator[fx.Node]:
+    """The node and what it is made of alone: a pooled shortcut forks before its pooling."""
+    while True:
+        yield node
+        inputs = tensor_inputs(node)
+        if len(inputs) != 1 or len(node.users) > 1:
+            return
+        (node,) = inputs
+
+
+def _adds_after(facts: GraphFacts, conv: fx.Node) -> Iterator[fx.Node]:
+    """The first additions that the result reaches without another convolution."""
+    adds: list[fx.Node] = []
+
+    def step(node: fx.Node) -> Iterable[fx.Node]:
+        if name_of(node) in ("add", "iadd", "add_"):
+            adds.append(node)
+            return ()
+        return () if facts.mixes(node) else node.users
+
+    visit(conv.users, step)
+    yield from adds

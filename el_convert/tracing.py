@@ -1,0 +1,200 @@
+"""Finding every convolution in a graph: a tracer that opens what it must, and regions.
+
+The rule: a module is a leaf if and only if it is a convolution or contains none. A module whose
+forward does not trace (data-dependent control flow) becomes one opaque node of its parent's graph,
+and its children are traced by themselves, each a *region* of its own. The floor is the convolution,
+so every convolution of every model is found. Knows torch.fx and nothing of binarization.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+_PRIMITIVES = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Region:
+    """A module that was traced on its own.
+
+    Attributes:
+        path: qualified name in the model, "" for the model itself.
+        module: the module.
+        graph: its graph; None when its forward does not trace.
+        opened: qualified names (in the model) of modules inside that do not trace, with why.
+    """
+
+    path: str
+    module: nn.Module
+    graph: fx.Graph | None
+    opened: dict[str, str]
+
+
+class ConvTracer(fx.Tracer):
+    """Traces through every module that holds a convolution; records what does not trace.
+
+    Args:
+        is_leaf: which modules become one node; by default convolutions and what holds none.
+
+    Attributes:
+        opened: after `trace`, modules that became one opaque node although they hold
+            convolutions, by qualified name, with the reason.
+    """
+
+    def __init__(self, is_leaf: Callable[[nn.Module], bool] | None = None) -> None:
+        super().__init__()
+        self._is_leaf = is_leaf
+        self._holders: set[int] = set()
+        self.opened: dict[str, str] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if self._is_leaf is not None:
+            return self._is_leaf(m)
+        return isinstance(m, _ConvNd) or id(m) not in self._holders
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        self._holders = {id(m) for m in root.modules() if holds_convolution(m)}
+        return super().trace(root, _plain_defaults(root) | (concrete_args or {}))
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if self.is_leaf_module(m, ""):
+            return super().call_module(m, forward, args, kwargs)
+        last, stack = next(iter(reversed(self.graph.nodes)), None), self.module_stack.copy()
+        try:
+            # m.forward, not m(...): a user's hooks must not run on proxies.
+            return super().call_module(m, m.forward, args, kwargs)
+        except Exception as error:  # whatever a forward raises on proxies: it does not trace
+            self.module_stack = stack
+            self._forget_since(last)
+            path = self.path_of_module(m)
+            self.opened[path] = f"{type(error).__name__}: {error}".split("\n")[0]
+            return self.create_proxy("call_module", path, args, kwargs)
+
+    def _forget_since(self, last: fx.Node | None) -> None:
+        for node in list(reversed(self.graph.nodes)):
+            if node is last:
+                break
+            if node.op != "get_attr":  # these stay: the tracer caches their proxies
+                self.graph.erase_node(node)
+
+
+def holds_convolution(module: nn.Module) -> bool:
+    """Whether the module is a convolution or contains one."""
+    return any(isinstance(child, _ConvNd) for child in module.modules())
+
+
+def _plain_defaults(root: nn.Module) -> dict[str, Any]:
+    """Default arguments as constants, so that `if mask is not None` takes the usual branch."""
+    parameters = inspect.signature(type(root).forward).parameters.values()
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.default is not p.empty and isinstance(p.default, _PRIMITIVES)
+    }
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Trace in eval mode without gradients; modes and random state come back as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for module, _ in modes:
+                # Not .eval(): some models override train() with side effects.
+                module.training = False
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def trace_regions(model: nn.Module) -> list[Region]:
+    """Trace the model, and what does not trace or is not called, piece by piece.
+
+    Args:
+        model: any module; left as it was (modes, hooks, random state).
+
+    Returns:
+        The regions, the model itself first. Every convolution is in the graph of at least one
+        region or is itself the path of a region without a graph.
+    """
+    with undisturbed(model):
+        regions: list[Region] = []
+        seen: set[int] = set()
+        pending = [("", model)]
+        while pending:
+            regions.extend(_trace_from(pending, seen))
+            pending = _topmost_unseen(model, seen)
+        return regions
+
+
+def _trace_from(pending: list[tuple[str, nn.Module]], seen: set[int]) -> Iterator[Region]:
+    """Trace each pending module, then the children of what did not trace."""
+    while pending:
+        path, module = pending.pop(0)
+        if id(module) in seen or not holds_convolution(module):
+            continue
+        region = _trace_one(path, module)
+        yield region
+        _mark_seen(region, seen)
+        failed = [path] if region.graph is None else region.opened
+        for name in failed:
+            inner = module.get_submodule(_relative(name, path))
+            seen.add(id(inner))
+            children = inner.named_children()
+            pending.extend((join(name, child), part) for child, part in children)
+
+
+def _trace_one(path: str, module: nn.Module) -> Region:
+    if isinstance(module, _ConvNd):
+        return Region(path, module, None, {})
+    tracer = ConvTracer()
+    try:
+        graph = tracer.trace(module)
+    except Exception as error:  # the region's own forward does not trace: recorded, then opened
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        return Region(path, module, None, {path: reason})
+    opened = {join(path, name): reason for name, reason in tracer.opened.items()}
+    return Region(path, module, graph, opened)
+
+
+def _mark_seen(region: Region, seen: set[int]) -> None:
+    seen.add(id(region.module))
+    for node in region.graph.nodes if region.graph else ():
+        if node.op == "call_module":
+            seen.add(id(region.module.get_submodule(node.target)))
+
+
+def _topmost_unseen(model: nn.Module, seen: set[int]) -> list[tuple[str, nn.Module]]:
+    """The largest modules all of whose convolutions were never called (auxiliary heads)."""
+    found: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules():
+        convs = [m for m in module.modules() if isinstance(m, _ConvNd)]
+        inside = any(path.startswith(f"{taken}.") for taken, _ in found)
+        if convs and not inside and not any(id(conv) in seen for conv in convs):
+            if id(module) not in seen:
+                found.append((path, module))
+    return found
+
+
+def join(parent: str, child: str) -> str:
+    """Qualified name of a child; the model itself has the name ""."""
+    return f"{parent}.{child}" if parent and child else parent or child
+
+
+def _relative(path: str, parent: str) -> str:
+    return path[len(parent) :].lstrip(".") if parent else path
