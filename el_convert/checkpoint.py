@@ -60,7 +60,7 @@ def save(
     known = find_source(source) if isinstance(source, str) else source or source_of(model)
     header = _describe(model, conversion, known)
     if known is not None:
-        problem = _rebuild_problem(model, header)
+        problem = _rebuild_problem(model, header, known)
         if problem and source is not None:
             raise CheckpointError(
                 f"{known} does not rebuild this model ({problem}): leave source out and read the "
@@ -84,15 +84,16 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
 
 def _describe(model: nn.Module, conversion: Conversion, source: Source | None) -> Header:
     modules = dict(model.named_modules(remove_duplicate=False))
-    geometry = {d.path: geometry_of(modules[d.path]) for d in conversion.binarized}
+    convs = {path: module for path, module in modules.items() if isinstance(module, _ConvNd)}
+    geometry = {d.path: geometry_of(convs[d.path]) for d in conversion.binarized}
     dtype = str(floating_dtype(model)).removeprefix("torch.")
     return Header(conversion, geometry, source, input_spec(model, source), dtype)
 
 
-def _rebuild_problem(model: nn.Module, header: Header) -> str:
+def _rebuild_problem(model: nn.Module, header: Header, source: Source) -> str:
     """Why the header would not give this model again; "" when it does."""
     try:
-        twin = _skeleton(header)
+        twin = _skeleton(source, header.dtype)
         _replay(twin, header)
     except ElConvertError as error:
         return str(error)
@@ -103,10 +104,9 @@ def _rebuild_problem(model: nn.Module, header: Header) -> str:
     return problem or differing
 
 
-def _skeleton(header: Header) -> nn.Module:
-    assert header.source is not None
+def _skeleton(source: Source, dtype: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        return create(header.source).to(getattr(torch, header.dtype))
+        return create(source).to(getattr(torch, dtype))
 
 
 def _plain_state(model: nn.Module) -> dict[str, Tensor]:
@@ -151,8 +151,6 @@ def load(
         See `save`.
     """
     header, state = read(path)
-    if model is None and header.source is None:
-        raise CheckpointError(f"{path} does not say what its model is built from: use {_BRING}")
     try:
         # A copy: a refusal must leave the user's model alone.
         twin = copy.deepcopy(model) if model is not None else _checked_skeleton(header, state)
@@ -161,7 +159,9 @@ def load(
         raise CheckpointError(f"{path}: {error}") from error
     problem = _state_problem(_shapes(twin.state_dict()), _shapes(state))
     if problem:
-        raise CheckpointError(f"{path} does not fit {header.source or 'the given model'}: {problem}")
+        raise CheckpointError(
+            f"{path} does not fit {header.source or 'the given model'}: {problem}"
+        )
     twin.load_state_dict(state, strict=True)
     return twin.to(device)
 
@@ -223,11 +223,12 @@ def _check_tensors(state: Any) -> None:
 
 def _checked_skeleton(header: Header, state: Mapping[str, Tensor]) -> nn.Module:
     """Build the skeleton, after making sure that the file holds as many classes as it claims."""
-    assert header.source is not None
+    if header.source is None:
+        raise CheckpointError(f"the file does not say what its model is built from: use {_BRING}")
     classes = header.source.kwargs.get("num_classes", 0)
     if classes and not any(value.dim() and value.shape[0] == classes for value in state.values()):
         raise CheckpointError(f"its header claims {classes} classes, its tensors do not")
-    return _skeleton(header)
+    return _skeleton(header.source, header.dtype)
 
 
 def _replay(model: nn.Module, header: Header) -> None:
@@ -285,5 +286,7 @@ def _state_problem(
         return "tensors: " + "; ".join(parts)
     for key, expected in wanted.items():
         if given[key] != expected:
-            return f"{key} should be {expected[0]} {expected[1]}, is {given[key][0]} {given[key][1]}"
+            return (
+                f"{key} should be {expected[0]} {expected[1]}, is {given[key][0]} {given[key][1]}"
+            )
     return ""

@@ -98,9 +98,10 @@ def apply(model: nn.Module, conversion: Conversion) -> nn.Module:
 
 
 def _build(conv: nn.Module, pattern: str, recipe: Recipe) -> nn.Module:
-    build = find_pattern(pattern).build
-    assert build is not None, "a row that binarizes has a builder"
-    return build(conv, recipe)
+    row = find_pattern(pattern)
+    if row.build is None:
+        raise ConversionError(f"pattern {pattern!r} has no builder: it cannot binarize")
+    return row.build(conv, recipe)
 
 
 def _swap(model: nn.Module, modules: dict[str, nn.Module], new: dict[int, nn.Module]) -> None:

@@ -75,8 +75,7 @@ class GraphFacts:
     _modules: dict[fx.Node, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        assert self.region.graph is not None
-        for index, node in enumerate(self.region.graph.nodes):
+        for index, node in enumerate(self.region.graph.nodes if self.region.graph else ()):
             self.position[node] = index
             if node.op == "call_module":
                 self._modules[node] = self.region.module.get_submodule(str(node.target))

@@ -102,17 +102,21 @@ def weight_scale(weight: Tensor, *, groups: int = 1, transposed: bool = False) -
     """
     if not transposed:
         return weight.abs().flatten(1).mean(1)
-    per_group = weight.abs().unflatten(0, (groups, -1)).flatten(3).mean(3)  # G, C_in/G, C_out/G
-    return per_group.mean(1).flatten()
+    inputs, outputs = weight.shape[0] // groups, weight.shape[1]
+    return weight.abs().reshape(groups, inputs, outputs, -1).mean((1, 3)).flatten()
 
 
 def xnor_activation_scale(
-    input: Tensor, out_channels: int, groups: int, box_filter: Callable[[Tensor, Tensor], Tensor],
+    input: Tensor,
+    out_channels: int,
+    groups: int,
+    box_filter: Callable[[Tensor, Tensor], Tensor],
     kernel_size: tuple[int, ...],
 ) -> Tensor:
     r"""The scale XNOR-Net gives each output position (arXiv 1603.05279, section 3.2).
 
-    .. math:: K = A * k, \quad A = \tfrac{G}{C}\sum_{c \in g} |x_c|, \quad k = 1 / \prod(\text{kernel})
+    .. math:: K = A * k, \quad A = \tfrac{G}{C}\sum_{c \in g} |x_c|, \quad
+              k = 1 / \prod(\text{kernel})
 
     Args:
         input: (N, C, ...) or (C, ...), the convolution's real-valued input.
@@ -125,7 +129,7 @@ def xnor_activation_scale(
         (N, 1, ...) when G is 1, else (N, C_out, ...): broadcasts over the output.
     """
     channel_dim = -1 - len(kernel_size)
-    magnitude = input.abs().unflatten(channel_dim, (groups, -1)).mean(channel_dim)
+    magnitude = torch.unflatten(input.abs(), channel_dim, (groups, -1)).mean(channel_dim)
     taps = input.new_full((groups, 1, *kernel_size), 1 / torch.Size(kernel_size).numel())
     scale = box_filter(magnitude, taps)
     return scale if groups == 1 else scale.repeat_interleave(out_channels // groups, channel_dim)

@@ -98,9 +98,7 @@ class BinarizePass(PassBase):
         (True, True)
     """
 
-    def __init__(
-        self, recipe: Recipe | str = "elastic-link", *, keep: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, recipe: Recipe | str = "elastic-link", *, keep: Sequence[str] = ()) -> None:
         super().__init__()
         self.recipe = recipe
         self.keep = keep

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from el_convert._version import __version__
@@ -49,9 +48,8 @@ class Header:
     created_with: Mapping[str, str] | None = None
 
 
-def geometry_of(conv: nn.Module) -> list[Any]:
+def geometry_of(conv: _ConvNd) -> list[Any]:
     """The numbers that make a convolution: class, channels, kernel, stride, padding, ..."""
-    assert isinstance(conv, _ConvNd)
     kind = "ConvTranspose" if conv.transposed else "Conv"
     padding = conv.padding if isinstance(conv.padding, str) else list(conv.padding)
     return [
@@ -145,7 +143,9 @@ def _json_object(text: Any) -> dict[str, Any]:
 
 
 def _conversion(data: Mapping[str, Any]) -> Conversion:
-    layers = [_record(x, "layers", ("path", "pattern", "reason", "norm")) for x in _list(data, "layers")]
+    layers = [
+        _record(x, "layers", ("path", "pattern", "reason", "norm")) for x in _list(data, "layers")
+    ]
     for layer in layers:
         if not isinstance(layer.get("geometry"), list):
             raise CheckpointError(f"{layer['path']}: the file records no geometry")
@@ -158,7 +158,9 @@ def _conversion(data: Mapping[str, Any]) -> Conversion:
     if len(paths) != len(set(paths)):
         raise CheckpointError("the file's header lists a layer twice")
     changes = tuple(_activation(x) for x in _list(data, "activations"))
-    return Conversion(_checked(Recipe.from_dict, data["recipe"], "recipe"), tuple(decisions), changes)
+    return Conversion(
+        _checked(Recipe.from_dict, data["recipe"], "recipe"), tuple(decisions), changes
+    )
 
 
 def _activation(data: Any) -> ActivationChange:
@@ -170,7 +172,10 @@ def _activation(data: Any) -> ActivationChange:
         raise CheckpointError(f"{record['path']}: {channels!r} is no number of channels")
     if record["action"] == "replace":
         _one_of(record["replacement"], ("prelu", "rprelu", "identity"), "replacement")
-    return _checked(lambda record: ActivationChange(**record), record, "activations")
+    change: ActivationChange = _checked(
+        lambda data: ActivationChange(**data), record, "activations"
+    )
+    return change
 
 
 def _source(data: Any) -> Source | None:
@@ -178,7 +183,8 @@ def _source(data: Any) -> Source | None:
         return None
     if not isinstance(data, dict) or not isinstance(data.get("kwargs"), dict):
         raise CheckpointError("the file's source is damaged")
-    return _checked(lambda fields: Source(**fields), data, "source")
+    source: Source = _checked(lambda fields: Source(**fields), data, "source")
+    return source
 
 
 def _input(data: Any) -> InputSpec:

@@ -7,14 +7,20 @@ The paper's method section leaves the alignment open; what is done here is writt
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from el_convert.recipes import LinkOptions
+
+_POOLS: dict[str, tuple[Callable[..., Tensor], ...]] = {
+    "average": (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+    "max": (F.max_pool1d, F.max_pool2d, F.max_pool3d),
+}
 
 
 @dataclass(frozen=True)
@@ -94,13 +100,9 @@ def align_space(
 
 def _pool(input: Tensor, stride: tuple[int, ...], downsample: str) -> Tensor:
     if downsample == "slice":
-        return input[(..., *(slice(None, None, step) for step in stride))]
-    pools = {
-        "average": (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
-        "max": (F.max_pool1d, F.max_pool2d, F.max_pool3d),
-    }
-    pooled: Tensor = pools[downsample][len(stride) - 1](input, stride, stride, ceil_mode=True)
-    return pooled
+        window: tuple[Any, ...] = (Ellipsis, *(slice(None, None, step) for step in stride))
+        return input[window]
+    return _POOLS[downsample][len(stride) - 1](input, stride, stride, ceil_mode=True)
 
 
 def _upsample(input: Tensor, size: Sequence[int], geometry: LinkGeometry) -> Tensor:
@@ -165,14 +167,12 @@ def _pick_channels(input: Tensor, channels: int, dim: int, tile: bool) -> Tensor
 
 
 def _squeeze(input: Tensor, channels: int, dim: int, squeeze: str) -> Tensor:
-    have = input.shape[dim]
-    if have % channels == 0:
-        groups = input.unflatten(dim, (channels, -1))
-        inner = dim + 1 if dim >= 0 else dim
-        return groups.mean(inner) if squeeze == "mean" else groups.sum(inner)
-    # Adaptive pooling bins exactly as documented; channels stand in for the height of an image.
     dim %= input.dim()
-    lead, trail = input.shape[:dim], input.shape[dim + 1 :]
+    lead, have, trail = input.shape[:dim], input.shape[dim], input.shape[dim + 1 :]
+    if have % channels == 0:
+        groups = input.reshape(*lead, channels, have // channels, *trail)
+        return groups.mean(dim + 1) if squeeze == "mean" else groups.sum(dim + 1)
+    # Adaptive pooling bins exactly as documented; channels stand in for the height of an image.
     if input.numel() == 0:  # which adaptive pooling refuses
         return input.new_zeros((*lead, channels, *trail))
     image = input.reshape(lead.numel(), 1, have, trail.numel())
@@ -206,6 +206,8 @@ class ElasticLink(nn.Module):
         >>> link.kind, tuple(link.gamma.shape)
         ('squeeze', (4,))
     """
+
+    gamma: nn.Parameter | None
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ child `link`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from el_convert.functional import binarize_ste, weight_scale, xnor_activation_sc
 from el_convert.link import ElasticLink, link_geometry
 from el_convert.recipes import Recipe, find_recipe
 
+_TRANSPOSES = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 LayerT = TypeVar("LayerT", bound="BinaryConv")
 
 
@@ -59,9 +60,7 @@ class BinaryConv(_ConvNd):
     norm: nn.Module | None
     link: ElasticLink | None
 
-    def __init__(
-        self, *args: Any, recipe: Recipe | str = "elastic-link", **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, recipe: Recipe | str = "elastic-link", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._attach(find_recipe(recipe))
 
@@ -79,7 +78,9 @@ class BinaryConv(_ConvNd):
         if not isinstance(conv, _ConvNd):
             raise ConversionError(f"{type(conv).__name__} is not a convolution")
         if isinstance(conv.weight, nn.parameter.UninitializedParameter):
-            raise ConversionError(f"{type(conv).__name__} has no weights yet: run one forward first")
+            raise ConversionError(
+                f"{type(conv).__name__} has no weights yet: run one forward first"
+            )
         layer = cls.__new__(cls)
         # Not __init__, which would draw new weights: the random state stays as it was.
         layer.__dict__.update(
@@ -173,7 +174,8 @@ class BinaryConv(_ConvNd):
         return output if self.link is None else self.link(input, output)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, recipe={self.recipe.name}"
+        convolution: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{convolution}, recipe={self.recipe.name}"
 
 
 class _BinaryConvTranspose(BinaryConv, _ConvTransposeNd):
@@ -188,10 +190,9 @@ class _BinaryConvTranspose(BinaryConv, _ConvTransposeNd):
     ) -> Tensor:
         dims = len(self.kernel_size)
         size = None if output_size is None else list(output_size)
-        padding = self._output_padding(  # type: ignore[no-untyped-call]
-            input, size, self.stride, self.padding, self.kernel_size, dims, self.dilation
-        )
-        transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        geometry: Any = (self.stride, self.padding, self.kernel_size, dims, self.dilation)
+        padding = self._output_padding(input, size, *geometry)
+        transpose: Callable[..., Tensor] = _TRANSPOSES[dims - 1]
         return transpose(
             input, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation
         )

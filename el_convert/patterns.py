@@ -153,15 +153,9 @@ PATTERNS: list[Pattern] = [
     _row("conv1d", nn.Conv1d, BinaryConv1d.from_float, "1d convolution"),
     _row("conv2d", nn.Conv2d, BinaryConv2d.from_float, "2d convolution"),
     _row("conv3d", nn.Conv3d, BinaryConv3d.from_float, "3d convolution"),
-    _row(
-        "conv-transpose1d", nn.ConvTranspose1d, BinaryConvTranspose1d.from_float, "1d transposed"
-    ),
-    _row(
-        "conv-transpose2d", nn.ConvTranspose2d, BinaryConvTranspose2d.from_float, "2d transposed"
-    ),
-    _row(
-        "conv-transpose3d", nn.ConvTranspose3d, BinaryConvTranspose3d.from_float, "3d transposed"
-    ),
+    _row("conv-transpose1d", nn.ConvTranspose1d, BinaryConvTranspose1d.from_float, "1d transposed"),
+    _row("conv-transpose2d", nn.ConvTranspose2d, BinaryConvTranspose2d.from_float, "2d transposed"),
+    _row("conv-transpose3d", nn.ConvTranspose3d, BinaryConvTranspose3d.from_float, "3d transposed"),
     _row(
         "std-conv2d",
         "timm.layers.std_conv.StdConv2d",
@@ -178,8 +172,7 @@ PATTERNS: list[Pattern] = [
         "unknown-class",
         lambda site: True,
         "keep",
-        "its class has a forward of its own and no row in the table; "
-        "register_pattern adds one",
+        "its class has a forward of its own and no row in the table; register_pattern adds one",
         unexpected=True,
     ),
 ]

@@ -157,9 +157,13 @@ def _refuse_unconvertible(model: nn.Module) -> None:
                     f"{where} is {state}: binarize the plain model first, wrap it after"
                 )
         if isinstance(module, ScriptModule):
-            raise ConversionError(f"{where} is TorchScript: binarize the Python model, script after")
+            raise ConversionError(
+                f"{where} is TorchScript: binarize the Python model, script after"
+            )
         if getattr(module, "_compiled_call_impl", None) is not None:
-            raise ConversionError(f"{where} is compiled: binarize the model first, compile it after")
+            raise ConversionError(
+                f"{where} is compiled: binarize the model first, compile it after"
+            )
         if isinstance(module, BinaryConv):
             raise ConversionError(
                 f"{where} is a binary convolution: this model is binarized already; "
@@ -174,7 +178,9 @@ def _refuse_unconvertible(model: nn.Module) -> None:
 def unexpected_keeps(conversion: Conversion) -> tuple[Decision, ...]:
     """Kept convolutions the user may not know of: hooked, parametrized, of an unknown class."""
     return tuple(
-        d for d in conversion.kept if d.pattern != KEPT_BY_NAME and find_pattern(d.pattern).unexpected
+        d
+        for d in conversion.kept
+        if d.pattern != KEPT_BY_NAME and find_pattern(d.pattern).unexpected
     )
 
 

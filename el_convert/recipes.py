@@ -203,7 +203,7 @@ class Recipe:
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
@@ -212,7 +212,7 @@ def _leaves(recipe: Recipe) -> Iterator[tuple[str, Any, Any]]:
     for group in fields(recipe):
         options = getattr(recipe, group.name)
         if is_dataclass(options):
-            hints = _hints(type(options))
+            hints = _hints(options.__class__)
             for leaf in fields(options):
                 yield f"{group.name}.{leaf.name}", hints[leaf.name], getattr(options, leaf.name)
 

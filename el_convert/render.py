@@ -62,10 +62,14 @@ def _html_row(summary: Summary, layer: LayerSummary) -> str:
     cells = zip(_cells(summary, layer), columns, strict=True)
     title = f" title='{html.escape(layer.reason, quote=True)}'" if layer.reason else ""
     weight = "font-weight:bold" if layer.action == "keep" else ""
-    return f"<tr{title} style='{weight}'>" + "".join(
-        f"<td style='text-align:{'right' if numeric else 'left'}'>{html.escape(cell)}</td>"
-        for cell, (_, numeric) in cells
-    ) + "</tr>"
+    return (
+        f"<tr{title} style='{weight}'>"
+        + "".join(
+            f"<td style='text-align:{'right' if numeric else 'left'}'>{html.escape(cell)}</td>"
+            for cell, (_, numeric) in cells
+        )
+        + "</tr>"
+    )
 
 
 def _title(summary: Summary) -> str:

@@ -194,9 +194,7 @@ def summarize(model: nn.Module, input_size: Sequence[int] | None = None) -> Summ
     calls = _count(model, size) if size else None
     conversion = _conversion(model)
     decisions = {d.path: d for d in conversion.decisions} if conversion else {}
-    layers = [
-        _layer(path, module, decisions.get(path), calls) for path, module in _weighted(model)
-    ]
+    layers = [_layer(path, module, decisions.get(path), calls) for path, module in _weighted(model)]
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     every_byte = sum(map(_bytes, tensors.values()))
     return Summary(
@@ -275,7 +273,8 @@ def _record(
 def _layer(
     path: str, module: nn.Module, decision: Decision | None, calls: dict[int, _Calls] | None
 ) -> LayerSummary:
-    call = None if calls is None else calls.get(id(module), _Calls())
+    call = _Calls() if calls is None else calls.get(id(module), _Calls())
+    counted = calls is not None
     binary = isinstance(module, BinaryConv) and _is_one_bit(module)
     link = module.link if isinstance(module, BinaryConv) else None
     stored = sum(map(_bytes, (*module.parameters(), *module.buffers())))
@@ -287,12 +286,12 @@ def _layer(
         pattern=decision.pattern if decision else "",
         reason=decision.reason if decision else "",
         link=", ".join(filter(None, kinds)),
-        output=call.output if call else None,
-        float_macs=call and (0 if binary else call.macs),
-        binary_macs=call and (call.macs if binary else 0),
-        link_macs=call and call.link_macs,
+        output=call.output if counted else None,
+        float_macs=(0 if binary else call.macs) if counted else None,
+        binary_macs=(call.macs if binary else 0) if counted else None,
+        link_macs=call.link_macs if counted else None,
         stored_bytes=stored,
-        packed_bytes=_packed_bytes(module, stored) if binary else stored,
+        packed_bytes=_packed_bytes(module, stored) if isinstance(module, BinaryConv) else stored,
     )
 
 
@@ -300,8 +299,9 @@ def _is_one_bit(layer: BinaryConv) -> bool:
     return layer.recipe.input.binary and layer.recipe.weight.binary
 
 
-def _packed_bytes(module: nn.Module, stored: int) -> int:
-    assert isinstance(module, BinaryConv)
+def _packed_bytes(module: BinaryConv, stored: int) -> int:
+    if not module.recipe.weight.binary:
+        return stored
     weight = module.weight
     scale = module.out_channels * weight.element_size()
     derived = module.recipe.weight.scale in ("mean", "mean-detached")

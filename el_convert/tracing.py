@@ -185,9 +185,9 @@ def _topmost_unseen(model: nn.Module, seen: set[int]) -> list[tuple[str, nn.Modu
     for path, module in model.named_modules():
         convs = [m for m in module.modules() if isinstance(m, _ConvNd)]
         inside = any(path.startswith(f"{taken}.") for taken, _ in found)
-        if convs and not inside and not any(id(conv) in seen for conv in convs):
-            if id(module) not in seen:
-                found.append((path, module))
+        called = id(module) in seen or any(id(conv) in seen for conv in convs)
+        if convs and not inside and not called:
+            found.append((path, module))
     return found
 
 

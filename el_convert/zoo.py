@@ -1,4 +1,7 @@
-"""Models by name: "resnet50" | "timm/x" | "torchvision/x". With catalog.py the only importer of either."""
+"""Models by name: "resnet50" | "timm/x" | "torchvision/x".
+
+With catalog.py the only importer of either library.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from el_convert.catalog import LIBRARIES, LIST_MODELS, bare_names, model_names
 from el_convert.errors import ConversionError, ElConvertError, UnknownNameError
 
-_ALLOWED: dict[str, dict[str, type]] = {
+_ALLOWED: dict[str, dict[str, type[int] | type[str] | type[float] | type[bool]]] = {
     "timm": {
         "num_classes": int,
         "in_chans": int,
@@ -82,7 +85,7 @@ def _check_kwarg(library: str, key: str, value: Any) -> None:
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise SourceError(f"argument {key} must be {kind.__name__}, not {value!r}")
     top = _MAX_CLASSES if key == "num_classes" else _MAX_PIXELS
-    if kind is int and not 0 <= value <= top:
+    if type(value) is int and not 0 <= value <= top:
         raise SourceError(f"argument {key} must be between 0 and {top}, not {value}")
 
 
@@ -240,7 +243,7 @@ def _torchvision_input(name: str) -> InputSpec:
     weights = torchvision.models.get_model_weights(name)
     transform = weights.DEFAULT.transforms() if len(weights) else None
     side = getattr(transform, "crop_size", None)
-    if not side:
+    if transform is None or not side:
         return InputSpec()
     height, width = (side[0], side[-1]) if len(side) else (224, 224)
     return InputSpec((3, height, width), tuple(transform.mean), tuple(transform.std))

@@ -1,0 +1,18 @@
+"""Fixtures and knobs every test shares."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# Two test processes on two cores: more threads each only fight.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded(tmp_path_factory: pytest.TempPathFactory) -> None:
+    torch.manual_seed(0)
+    # Model lists are cached per user; tests must not write to the real home.
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.getbasetemp() / "cache")
