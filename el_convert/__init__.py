@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         RPReLU,
     )
     from el_convert.patterns import Pattern, register_pattern, unregister_pattern
-    from el_convert.plan import Decision, plan
+    from el_convert.planning import Decision, plan
     from el_convert.recipes import RECIPES, Recipe, RecipeError
     from el_convert.report import Summary, summarize
     from el_convert.zoo import Source
@@ -49,7 +49,7 @@ _HOME = {
     "BinaryConvTranspose3d": "nn",
     "CheckpointError": "errors",
     "ConversionError": "errors",
-    "Decision": "plan",
+    "Decision": "planning",
     "ElConvertError": "errors",
     "ElasticLink": "link",
     "Pattern": "patterns",
@@ -62,7 +62,7 @@ _HOME = {
     "UnknownNameError": "errors",
     "binarize": "convert",
     "load": "checkpoint",
-    "plan": "plan",
+    "plan": "planning",
     "register_pattern": "patterns",
     "save": "checkpoint",
     "summarize": "report",

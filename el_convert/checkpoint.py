@@ -18,7 +18,7 @@ from el_convert.convert import apply, conversion_of, floating_dtype
 from el_convert.errors import CheckpointError, ElConvertError, UnknownNameError
 from el_convert.header import KEY, Header, geometry_of, parse_header, write_header
 from el_convert.patterns import find_pattern
-from el_convert.plan import NORMS, Conversion
+from el_convert.planning import NORMS, Conversion
 from el_convert.zoo import Source, create, find_source, input_spec, source_of
 
 _SUFFIXES = (".pt", ".safetensors")
@@ -157,12 +157,14 @@ def load(
         _replay(twin, header)
     except ElConvertError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    problem = _state_problem(_shapes(twin.state_dict()), _shapes(state))
+    own = twin.state_dict()
+    problem = _state_problem(_shapes(own), _shapes(state))
     if problem:
         raise CheckpointError(
             f"{path} does not fit {header.source or 'the given model'}: {problem}"
         )
-    twin.load_state_dict(state, strict=True)
+    own.update(state)  # not `state` itself: some models want the version marks of their own
+    twin.load_state_dict(own, strict=True)
     return twin.to(device)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -14,19 +15,22 @@ from el_convert.activations import build_activation
 from el_convert.errors import ConversionError
 from el_convert.nn import BinaryConv
 from el_convert.patterns import find_pattern
-from el_convert.plan import Conversion, plan_conversion, unexpected_keeps
+from el_convert.planning import Conversion, plan_conversion, unexpected_keeps
 from el_convert.recipes import Recipe
 
 _RECORD = "el_convert_conversion"
 
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
 def binarize(
-    model: nn.Module,
+    model: ModelT,
     recipe: Recipe | str = "elastic-link",
     *,
     keep: Sequence[str] = (),
     inplace: bool = False,
-) -> nn.Module:
+) -> ModelT:
     """Turn a model into a binarized one of the same class.
 
     Every convolution gets 1-bit weights and activations and, with the default recipe, an
@@ -65,10 +69,20 @@ def binarize(
         warnings.warn(
             f"{len(odd)} convolutions were kept in float. {named}{more}", UserWarning, stacklevel=2
         )
-    return apply(model if inplace else copy.deepcopy(model), conversion)
+    return apply(model if inplace else _copy(model), conversion)
 
 
-def apply(model: nn.Module, conversion: Conversion) -> nn.Module:
+def _copy(model: ModelT) -> ModelT:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # any attribute may refuse; computed weights do
+        raise ConversionError(
+            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}): "
+            "remove weight_norm or pruning first, or pass inplace=True"
+        ) from error
+
+
+def apply(model: ModelT, conversion: Conversion) -> ModelT:
     """Carry out a conversion on a model, in place.
 
     Args:

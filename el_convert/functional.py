@@ -100,10 +100,10 @@ def weight_scale(weight: Tensor, *, groups: int = 1, transposed: bool = False) -
         >>> weight_scale(torch.tensor([[[1.0, -3.0]]]))
         tensor([2.])
     """
-    if not transposed:
-        return weight.abs().flatten(1).mean(1)
-    inputs, outputs = weight.shape[0] // groups, weight.shape[1]
-    return weight.abs().reshape(groups, inputs, outputs, -1).mean((1, 3)).flatten()
+    if transposed:  # to (C_out, C_in / G, ...)
+        inputs, outputs = weight.shape[0] // groups, weight.shape[1]
+        weight = weight.reshape(groups, inputs, outputs, -1).transpose(1, 2).flatten(0, 1)
+    return weight.abs().flatten(1).mean(1)
 
 
 def xnor_activation_scale(

@@ -13,7 +13,7 @@ from el_convert.convert import apply
 from el_convert.errors import ConversionError
 from el_convert.link import ElasticLink
 from el_convert.nn import BinaryConv
-from el_convert.plan import plan_conversion
+from el_convert.planning import plan_conversion
 from el_convert.recipes import Recipe
 from el_convert.tracing import ConvTracer, holds_convolution
 

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from el_convert._version import __version__
 from el_convert.activations import ActivationChange
 from el_convert.errors import CheckpointError, ElConvertError
-from el_convert.plan import Conversion, Decision
+from el_convert.planning import Conversion, Decision
 from el_convert.recipes import Recipe
 from el_convert.zoo import InputSpec, Source
 

@@ -1,7 +1,7 @@
 """The Elastic-Link gate and the alignment it needs (Hu et al., AAAI 2022, arXiv 2112.10149).
 
-The paper's method section leaves the alignment open; what is done here is written down in
-`align_space` and `align_channels`, and each choice is a field of `LinkOptions`.
+Known of the paper are its abstract and its figure of the gate; how sizes are aligned here is
+written down in `align_space` and `align_channels`, and each choice is a field of `LinkOptions`.
 """
 
 from __future__ import annotations
@@ -52,14 +52,13 @@ def link_geometry(conv: nn.modules.conv._ConvNd) -> LinkGeometry:
     .. math:: i \cdot s + \lceil (d (k - 1) - (s - 1)) / 2 \rceil - p
 
     so "same" padding gives plain pooling by the stride, patch embeddings pool their own patch,
-    and "valid" padding crops the border that the kernel cannot centre on.
+    and "valid" padding crops the border that the kernel cannot centre on. Transposed convolutions
+    use the same formula the other way round: input i fills the `stride` pixels from there.
     """
     spans = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
     excess = [span - (s - 1) for span, s in zip(spans, conv.stride, strict=True)]
     if isinstance(conv.padding, str):
         offset = [0 if conv.padding == "same" else math.ceil(e / 2) for e in excess]
-    elif conv.transposed:
-        offset = [e // 2 - int(p) for e, p in zip(excess, conv.padding, strict=True)]
     else:
         offset = [math.ceil(e / 2) - int(p) for e, p in zip(excess, conv.padding, strict=True)]
     return LinkGeometry(
@@ -102,7 +101,9 @@ def _pool(input: Tensor, stride: tuple[int, ...], downsample: str) -> Tensor:
     if downsample == "slice":
         window: tuple[Any, ...] = (Ellipsis, *(slice(None, None, step) for step in stride))
         return input[window]
-    return _POOLS[downsample][len(stride) - 1](input, stride, stride, ceil_mode=True)
+    # 3d pooling refuses windows larger than its input, ceil_mode or not.
+    window_size = [min(s, n) for s, n in zip(stride, input.shape[-len(stride) :], strict=True)]
+    return _POOLS[downsample][len(stride) - 1](input, window_size, stride, ceil_mode=True)
 
 
 def _upsample(input: Tensor, size: Sequence[int], geometry: LinkGeometry) -> Tensor:

@@ -1,7 +1,8 @@
 """Recipes: every choice a binarization makes, as frozen data. No tensors, no torch.
 
-A field that the Elastic-Link paper (arXiv 2112.10149) leaves open lists its alternatives in its
-type; `Recipe.with_options` reaches each by its dotted name, as in `link.gamma_init=0.5`.
+What is not known of the Elastic-Link paper (arXiv 2112.10149) is a field that lists its
+alternatives in its type; `Recipe.with_options` reaches each by its dotted name, as in
+`link.gamma_init=0.5`.
 """
 
 from __future__ import annotations

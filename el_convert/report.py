@@ -15,7 +15,7 @@ from el_convert.activations import ActivationChange
 from el_convert.convert import conversion_of
 from el_convert.errors import ConversionError
 from el_convert.nn import BinaryConv
-from el_convert.plan import Conversion, Decision
+from el_convert.planning import Conversion, Decision
 from el_convert.tracing import undisturbed
 from el_convert.zoo import input_spec, source_of
 

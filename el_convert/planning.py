@@ -22,7 +22,7 @@ _WRAPPERS = {
     "torch.nn.parallel.data_parallel.DataParallel": "wrapped in DataParallel",
     "torch.nn.parallel.distributed.DistributedDataParallel": "wrapped in DistributedDataParallel",
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FSDP-wrapped",
-    "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule": "sharded by fully_shard",
+    "torch.distributed.fsdp.FSDPModule": "sharded by fully_shard",
     "torch._dynamo.eval_frame.OptimizedModule": "compiled by torch.compile",
 }
 NORMS = (
@@ -139,10 +139,16 @@ def _refuse_idle_globs(globs: Sequence[str], sites: Sequence[Site]) -> None:
     names = [name for site in sites for name in (site.path, *site.aliases)]
     for glob in globs:
         if not fnmatch.filter(names, glob):
-            below = [name for name in names if name.startswith(f"{glob}.")]
-            hint = f"it matches no convolution; try {glob + '.*'!r}" if below else ""
-            hint = hint or "it matches no convolution; --dry-run lists their names"
-            raise UnknownNameError("keep glob", glob, () if below else names, hint)
+            below = any(name.startswith(f"{glob}.") for name in names)
+            known = [] if below else [*names, *_container_globs(names)]
+            advice = f"try {glob + '.*'!r}" if below else "plan(model) or --dry-run lists them"
+            raise UnknownNameError("keep glob", glob, known, f"no convolution matches; {advice}")
+
+
+def _container_globs(names: Sequence[str]) -> set[str]:
+    """ "layer1.*", "layer1.0.*" and so on: what users mostly mean."""
+    parts = [name.split(".") for name in names]
+    return {".".join(p[:depth]) + ".*" for p in parts for depth in range(1, len(p))}
 
 
 def _refuse_unconvertible(model: nn.Module) -> None:

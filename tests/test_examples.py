@@ -1,0 +1,74 @@
+"""The examples run as they stand, in an empty folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_quickstart_script(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / "quickstart.py"), "--out", "small.pt"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "19 of 20 convolutions binarized, 1 kept" in done.stdout
+    assert "loaded again, it answers the same" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["small.pt"]
+    assert set(torch.load(tmp_path / "small.pt", weights_only=True)) == {"el_convert", "state_dict"}
+
+
+def test_notebook_is_stored_without_outputs() -> None:
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+
+
+# Warnings of the notebook machinery (event loops, folders, ports) are not ours to fix.
+@pytest.mark.filterwarnings("ignore")
+def test_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "jupyter"))
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # tqdm misses ipywidgets, which nothing here needs.
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
+    work = tmp_path / "work"
+    work.mkdir()
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    nbclient.NotebookClient(
+        notebook,
+        timeout=120,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(work)}},
+    ).execute()
+
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    pages = [
+        output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})
+    ]
+    assert len(pages) == 1
+    assert "<table>" in pages[0]
+    assert "layer2.0.downsample.0" in pages[0]
+    streams = [output for output in outputs if output.output_type == "stream"]
+    assert [output.text for output in streams if output.name == "stderr"] == []  # no warnings
+    printed = "".join(output.text for output in streams)
+    assert "answers the same: True" in printed
+    assert [path.name for path in work.iterdir()] == ["bnn.pt"]

@@ -1,0 +1,105 @@
+"""Imports go one way, and importing the package is cheap."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import el_convert
+
+PACKAGE = Path(el_convert.__file__).parent
+
+# Each layer may import from those above it, and from its own line where that is not circular.
+LAYERS = (
+    ("_version",),
+    ("errors", "atomic"),
+    ("functional", "recipes", "tracing", "catalog"),
+    ("facts", "link"),
+    ("sites", "nn"),
+    ("activations", "patterns"),
+    ("planning",),
+    ("convert",),
+    ("graphs", "zoo"),
+    ("header", "render"),
+    ("checkpoint", "report"),
+    ("cli",),
+    ("__main__", "__init__"),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+HEAVY = {"timm", "torchvision", "click", "rich"}
+ALLOWED_HEAVY = {
+    "cli": {"click", "rich"},
+    "render": {"rich"},
+    "zoo": {"timm", "torchvision"},
+    "catalog": {"timm", "torchvision"},
+}
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+def imported(path: Path) -> tuple[set[str], set[str]]:
+    """(modules of this package, top-level packages) imported anywhere in a file."""
+    own: set[str] = set()
+    others: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module or ""]
+            if node.module == "el_convert":
+                names = [f"el_convert.{alias.name}" for alias in node.names]
+        for name in names:
+            top, _, rest = name.partition(".")
+            (own if top == "el_convert" else others).add(rest if top == "el_convert" else top)
+    return own, others
+
+
+def test_every_module_has_a_place() -> None:
+    assert set(MODULES) == set(LEVEL)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "__init__"])
+def test_imports_go_one_way(name: str) -> None:
+    own, others = imported(PACKAGE / f"{name}.py")
+    if name == "render":
+        own.discard("report")  # for its types alone
+    for used in own:
+        assert LEVEL[used] < LEVEL[name], f"{name} imports {used}"
+    assert others & HEAVY <= ALLOWED_HEAVY.get(name, set())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_are_one_idea(name: str) -> None:
+    assert name not in ("utils", "common", "core", "base", "helpers")
+    assert len((PACKAGE / f"{name}.py").read_text().splitlines()) <= 400
+
+
+def loaded(code: str) -> set[str]:
+    """Which heavy packages a fresh interpreter has loaded after running code."""
+    wanted = sorted(HEAVY | {"torch"})
+    script = f"{code}\nimport sys\nprint([n for n in {wanted} if n in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(ast.literal_eval(run.stdout.splitlines()[-1]))
+
+
+def test_import_is_lean() -> None:
+    assert loaded("import el_convert; dir(el_convert); el_convert.__version__") == set()
+    assert loaded("from el_convert import binarize, load, save, summarize") == {"torch"}
+
+
+def test_no_module_hides_a_public_name() -> None:
+    # Importing a submodule sets it as an attribute of the package.
+    assert set(el_convert.__all__) & set(MODULES) == set()
+
+
+def test_public_names_exist() -> None:
+    assert dir(el_convert) == sorted(el_convert.__all__)
+    for name in el_convert.__all__:
+        assert getattr(el_convert, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'binarise'"):
+        _ = el_convert.binarise  # type: ignore[attr-defined]
