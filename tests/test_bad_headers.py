@@ -121,7 +121,7 @@ SOURCE: dict[str, tuple[Change, str]] = {
 }
 RECIPE: dict[str, tuple[Change, str]] = {
     "unknown field": (put(1, "recipe", "link", "gama"), r"link\.gama.*did you mean"),
-    "unknown group": (put({"x": 1}, "recipe", "links"), r"links\.x"),
+    "unknown group": (put({"x": 1}, "recipe", "links"), "links"),
     "unknown empty group": (put({}, "recipe", "links"), "links"),
     "unknown value": (put("nowhere", "recipe", "link", "place"), r"link\.place.*nowhere"),
     "number as text": (put("0.5", "recipe", "link", "gamma_init"), "gamma_init"),

@@ -361,6 +361,13 @@ def test_saving_leaves_the_model_as_it_was(tmp_path: Path, small: nn.Module) -> 
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path, small: nn.Module, suffix: str) -> None:
+    save(small, tmp_path / f"one{suffix}")
+    save(small, tmp_path / f"other{suffix}")
+    assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"other{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_view_of_something_large_is_saved_alone(tmp_path: Path, suffix: str) -> None:
     plain = user_net()
     large = torch.randn(1_000_000)
