@@ -22,7 +22,7 @@ from el_convert.sites import Site, producer
 from el_convert.tracing import join
 
 # By name: timm has its own classes of these names. Gates (sigmoid, tanh) are none of them.
-_ANY = {
+REPLACEABLE = {
     "ReLU", "ReLU6", "LeakyReLU", "PReLU", "ELU", "CELU", "SELU", "Hardtanh", "SiLU", "Swish",
     "GELU", "GELUTanh", "QuickGELU", "GeluTanh", "Hardswish", "HardSwish", "HardSwishMe", "Mish",
     "HardMish", "HardMishMe",
@@ -104,7 +104,7 @@ def _change(
         return ActivationChange(_owner(facts, node), name_of(node), "leave", reason=reason)
     name, module = activation
     path, kind = join(facts.region.path, name), type(module).__name__
-    wanted_kind = type(module) in RELU_FAMILY if options.which == "relu" else kind in _ANY
+    wanted_kind = type(module) in RELU_FAMILY if options.which == "relu" else kind in REPLACEABLE
     if not wanted_kind:
         return None
     if module._forward_hooks or module._forward_pre_hooks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,8 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
         Whatever `write` raises, an interrupt included; then `path` is as it was and the temporary
         file is gone.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = Path(os.path.realpath(path))  # through a link, not in its place
+    temporary = path.with_name(f".el_convert-{secrets.token_hex(8)}.tmp")
     try:
         write(temporary)
         with temporary.open("rb+") as stream:

@@ -37,7 +37,7 @@ def _cache_file() -> Path:
 def _cached_names() -> list[str]:
     try:
         return _cache_file().read_text(encoding="utf-8").split()
-    except OSError:  # not there yet: the caller lists
+    except (OSError, UnicodeDecodeError):  # not there yet, or damaged: the caller lists
         return []
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from el_convert.atomic import replace_file
-from el_convert.convert import apply, conversion_of, floating_dtype
+from el_convert.convert import apply, conversion_of, copy_model, floating_dtype
 from el_convert.errors import CheckpointError, ElConvertError, UnknownNameError
 from el_convert.header import KEY, Header, geometry_of, parse_header, write_header
 from el_convert.patterns import find_pattern
 from el_convert.planning import NORMS, Conversion
+from el_convert.tracing import join
 from el_convert.zoo import Source, create, find_source, input_spec, source_of
 
+_PASSING = ("training", "grad_checkpointing")
 _SUFFIXES = (".pt", ".safetensors")
 _BRING = "load(path, model=...) with the float model it was made from"
 
@@ -39,6 +41,9 @@ def save(
         path: where to; an existing file is replaced in one step or stays as it was.
         source: "resnet50", "timm/...", "torchvision/..." or a Source. By default what the model
             itself says. Without a source the file loads only with `load(path, model=...)`.
+
+    Warns:
+        UserWarning: what the model says of itself does not rebuild it, so the file names no source.
 
     Raises:
         ConversionError: the model is not binarized.
@@ -67,12 +72,29 @@ def save(
                 f"file by {_BRING}"
             )
         if problem:
+            warnings.warn(
+                f"{path} will not say how to build its model, as {known} does not rebuild it "
+                f"({problem}): read it by {_BRING}",
+                UserWarning,
+                stacklevel=2,
+            )
             header = _describe(model, conversion, None)
-    state = _plain_state(model)
+    state, text = _plain_state(model), write_header(header)
+    parse_header(text)  # what load would refuse must not be written
     try:
-        replace_file(path, lambda part: _write(part, path.suffix, write_header(header), state))
+        replace_file(path, lambda part: _write(part, path.suffix, text, state))
     except Exception as error:  # each format raises its own; all mean the same to the user
-        raise CheckpointError(f"could not write {path}: {error}; nothing was changed") from error
+        raise CheckpointError(
+            f"could not write {path}: {_reason(error)}; nothing was changed"
+        ) from error
+
+
+def _reason(error: BaseException) -> BaseException:
+    """The operating system's own word where there is one: torch hides it behind its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
 
 
 def _checked_path(path: str | os.PathLike[str]) -> Path:
@@ -98,10 +120,28 @@ def _rebuild_problem(model: nn.Module, header: Header, source: Source) -> str:
     except ElConvertError as error:
         return str(error)
     problem = _state_problem(_shapes(twin.state_dict()), _shapes(model.state_dict()))
-    # Options that leave no parameter (pooling, activations, dropout) show in the repr.
-    lines = zip(str(twin).splitlines(), str(model).splitlines(), strict=False)
-    differing = next((f"{a.strip()} became {b.strip()}" for a, b in lines if a != b), "")
-    return problem or differing
+    # Options that leave no parameter (pooling, activations, dropout) show elsewhere.
+    lines = zip(_lines(twin), _lines(model), strict=False)
+    differing = next((f"{a} became {b}" for a, b in lines if a != b), "")
+    return problem or differing or _changed_option(twin, model)
+
+
+def _lines(model: nn.Module) -> list[str]:
+    """Like the repr, without children that are None."""
+    modules = model.named_modules(remove_duplicate=False)
+    return [f"{path}: {type(module).__name__}({module.extra_repr()})" for path, module in modules]
+
+
+def _changed_option(twin: nn.Module, model: nn.Module) -> str:
+    """An attribute that shows neither in a parameter nor in the repr; "" when there is none."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, built in twin.named_modules(remove_duplicate=False):
+        own = vars(modules[path])
+        for name, value in vars(built).items():
+            plain = type(value) in (bool, int, float, str) and name not in _PASSING
+            if plain and name in own and own[name] != value:
+                return f"{join(path, name)}: {value!r} became {own[name]!r}"
+    return ""
 
 
 def _skeleton(source: Source, dtype: str) -> nn.Module:
@@ -111,21 +151,27 @@ def _skeleton(source: Source, dtype: str) -> nn.Module:
 
 def _plain_state(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
+    copies: dict[Any, Tensor] = {}
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{key} of the state_dict is {type(value).__name__}, no tensor")
         # Cloned where it is a view or shared, so a file holds each once and nothing more.
-        state[key] = value.detach().cpu().contiguous().clone()
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+        if value.numel() == 0 or place not in copies:
+            copies[place] = value.detach().cpu().contiguous().clone()
+        state[key] = copies[place]
     return state
 
 
 def _write(path: Path, suffix: str, header: str, state: dict[str, Tensor]) -> None:
     if suffix == ".pt":
-        torch.save({KEY: header, "state_dict": state}, path)
+        with path.open("wb") as stream:  # given a name, torch writes that into the file
+            torch.save({KEY: header, "state_dict": state}, stream)
         return
     from safetensors.torch import save_file
 
-    save_file(state, path, metadata={KEY: header})
+    unshared = {key: value.clone() for key, value in state.items()}  # as the format demands
+    save_file(unshared, path, metadata={KEY: header})
 
 
 def load(
@@ -153,7 +199,7 @@ def load(
     header, state = read(path)
     try:
         # A copy: a refusal must leave the user's model alone.
-        twin = copy.deepcopy(model) if model is not None else _checked_skeleton(header, state)
+        twin = _checked_skeleton(header, state) if model is None else copy_model(model)
         _replay(twin, header)
     except ElConvertError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -176,7 +222,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
     """
     path = _checked_path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}")
     reader: Callable[[Path], tuple[Any, Any]] = _read_pt if path.suffix == ".pt" else _read_safe
     try:
         text, state = reader(path)
@@ -216,7 +262,8 @@ def _check_tensors(state: Any) -> None:
     if not isinstance(state, Mapping):
         raise CheckpointError("its state_dict is no mapping")
     for key, value in state.items():
-        if not isinstance(key, str) or type(value) is not Tensor or value.layout != torch.strided:
+        plain = type(value) is Tensor and value.layout == torch.strided and value.is_cpu
+        if not isinstance(key, str) or not plain:
             raise CheckpointError(f"{key!r} of its state_dict is not a plain tensor")
         # A shape can claim more than the file holds, by strides of 0.
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
@@ -236,6 +283,7 @@ def _checked_skeleton(header: Header, state: Mapping[str, Tensor]) -> nn.Module:
 def _replay(model: nn.Module, header: Header) -> None:
     """Check the plan against the skeleton, then apply it. Never matches anew."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    present = [path for path, module in model.named_modules() if isinstance(module, _ConvNd)]
     for decision in header.conversion.binarized:
         conv = modules.get(decision.path)
         if not isinstance(conv, _ConvNd):
@@ -251,6 +299,9 @@ def _replay(model: nn.Module, header: Header) -> None:
     for change in header.conversion.activations:
         if change.action == "replace" and type(modules.get(change.path)).__name__ != change.kind:
             raise CheckpointError(f"{change.path!r} is no {change.kind} of {_kind(model)}")
+    odd = sorted({d.path for d in header.conversion.decisions} ^ set(present))
+    if odd:
+        raise CheckpointError(f"the file and {_kind(model)} do not have the same layers: {odd[0]}")
     apply(model, header.conversion)
 
 

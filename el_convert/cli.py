@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from el_convert._version import __version__
-from el_convert.errors import ElConvertError, UnknownNameError
+from el_convert.errors import ElConvertError, SourceError, UnknownNameError, nearest_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +34,12 @@ class ModelFirst(click.Group):
         return super().parse_args(ctx, args)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        return [*super().shell_complete(ctx, incomplete), *_complete_model(ctx, None, incomplete)]
+        options = [opt for param in self.commands["convert"].params for opt in param.opts]
+        before = [
+            opt for opt in options if incomplete.startswith("-") and opt.startswith(incomplete)
+        ]
+        models = _complete_model(ctx, None, incomplete)
+        return [*super().shell_complete(ctx, incomplete), *map(CompletionItem, before), *models]
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "MODEL --out FILE [OPTIONS]")
@@ -48,7 +53,7 @@ def _errors() -> Iterator[None]:
 
     try:
         yield
-    except (UnknownNameError, RecipeError) as error:
+    except (UnknownNameError, RecipeError, SourceError) as error:
         raise click.UsageError(str(error)) from error
     except ElConvertError as error:
         raise click.ClickException(str(error)) from error
@@ -64,7 +69,7 @@ def _step(label: str) -> Iterator[None]:
         with console.status(label):
             yield
     else:
-        console.print(f"{label} ...")
+        console.print(f"{label} ...", soft_wrap=True)
         yield
 
 
@@ -79,6 +84,13 @@ def _complete_recipe(_: click.Context, __: Any, incomplete: str) -> list[str]:
     from el_convert.recipes import RECIPES
 
     return [name for name in RECIPES if name.startswith(incomplete)]
+
+
+def _complete_field(_: click.Context, __: Any, incomplete: str) -> list[str]:
+    from el_convert.recipes import RECIPES
+
+    names = RECIPES["elastic-link"].option_names()
+    return [f"{name}=" for name in names if name.startswith(incomplete)]
 
 
 @click.group(cls=ModelFirst, context_settings={"help_option_names": ["-h", "--help"]})
@@ -102,7 +114,14 @@ def main() -> None:
 @click.option(
     "--recipe", default="elastic-link", show_default=True, shell_complete=_complete_recipe
 )
-@click.option("--set", "options", multiple=True, metavar="FIELD=VALUE", help="Set a recipe field.")
+@click.option(
+    "--set",
+    "options",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Set a recipe field.",
+    shell_complete=_complete_field,
+)
 @click.option("--keep", multiple=True, metavar="GLOB", help="Leave matching layers in float.")
 @click.option("--pretrained", is_flag=True, help="Start from the library's trained weights.")
 @click.option("--num-classes", type=click.IntRange(0), help="Classes of the classifier.")
@@ -121,7 +140,9 @@ def convert(
 ) -> None:
     """Convert MODEL: resnet50 (timm first, then torchvision), timm/NAME or torchvision/NAME."""
     if out is None and not dry_run:
-        raise click.UsageError("name the file to write with --out FILE, or use --dry-run")
+        near = nearest_names(model, main.commands, 1)
+        guess = f"; or did you mean `el-convert {near[0]}`?" if near else ""
+        raise click.UsageError(f"name the file to write with --out FILE, or use --dry-run{guess}")
     if out is not None:
         check_output(out)
     with _errors():
@@ -177,12 +198,13 @@ def _build(
 ) -> tuple[nn.Module, Any]:
     with _step("loading torch"):
         from el_convert.convert import binarize
-        from el_convert.zoo import create, find_source
-    with _step(f"building {name}"):
+        from el_convert.zoo import create, find_source, source_of
+    # torch.hub says on stdout what it downloads.
+    with _step(f"building {name}"), redirect_stdout(sys.stderr):
         source = find_source(name, num_classes=num_classes)
         model = create(source, pretrained=pretrained)
     with _step(f"binarizing {name}"):
-        return binarize(model, recipe, keep=keep, inplace=True), source
+        return binarize(model, recipe, keep=keep, inplace=True), source_of(model)
 
 
 def _summarize(model: nn.Module) -> Summary:
@@ -209,7 +231,7 @@ def _show(summary: Summary, as_json: bool, extra: dict[str, Any]) -> None:
 
 
 @main.command()
-@click.argument("glob", default="*")
+@click.argument("glob", default="*", shell_complete=_complete_model)
 def models(glob: str) -> None:
     """List the models whose name matches GLOB."""
     with _step("listing models"):

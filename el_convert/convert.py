@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -69,10 +69,17 @@ def binarize(
         warnings.warn(
             f"{len(odd)} convolutions were kept in float. {named}{more}", UserWarning, stacklevel=2
         )
-    return apply(model if inplace else _copy(model), conversion)
+    return apply(model if inplace else copy_model(model), conversion)
 
 
-def _copy(model: ModelT) -> ModelT:
+def copy_model(model: ModelT) -> ModelT:
+    """A deep copy.
+
+    Raises:
+        ConversionError: it is no module, or something in it refuses to be copied.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
     try:
         return copy.deepcopy(model)
     except Exception as error:  # any attribute may refuse; computed weights do
@@ -90,14 +97,17 @@ def apply(model: ModelT, conversion: Conversion) -> ModelT:
         conversion: what `plan_conversion` gave, or a file holds.
 
     Returns:
-        `model`.
+        `model`; where the model is itself a convolution, the layer in its place.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     slope = conversion.recipe.activation.slope
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
     new: dict[int, nn.Module] = {}
     for decision in conversion.binarized:
-        layer = _build(modules[decision.path], decision.pattern, conversion.recipe)
+        try:
+            layer = _build(modules[decision.path], decision.pattern, conversion.recipe)
+        except ConversionError as error:
+            raise ConversionError(f"{decision.path!r}, by {decision.pattern!r}: {error}") from error
         new[id(modules[decision.path])] = layer
         if decision.norm and isinstance(layer, BinaryConv):
             layer.norm = modules[decision.norm]
@@ -106,9 +116,10 @@ def apply(model: ModelT, conversion: Conversion) -> ModelT:
         if change.action == "replace":
             layer = build_activation(change, slope, like)
             new[id(modules[change.path])] = layer.train(modules[change.path].training)
-    _swap(model, modules, new)
-    setattr(model, _RECORD, conversion)
-    return model
+    _swap(modules, new)
+    root = cast(ModelT, new.get(id(model), model))  # a convolution may be the model itself
+    setattr(root, _RECORD, conversion)
+    return root
 
 
 def _build(conv: nn.Module, pattern: str, recipe: Recipe) -> nn.Module:
@@ -118,7 +129,7 @@ def _build(conv: nn.Module, pattern: str, recipe: Recipe) -> nn.Module:
     return row.build(conv, recipe)
 
 
-def _swap(model: nn.Module, modules: dict[str, nn.Module], new: dict[int, nn.Module]) -> None:
+def _swap(modules: dict[str, nn.Module], new: dict[int, nn.Module]) -> None:
     """Put new modules under every name of the old ones, shared ones included."""
     for path, module in modules.items():
         if id(module) in new and path:

@@ -14,6 +14,10 @@ class ConversionError(ElConvertError, ValueError):
     """A model cannot be converted; the message names the layer, the reason and the way out."""
 
 
+class SourceError(ElConvertError, ValueError):
+    """A source names what it must not: another hub, an unknown argument, an absurd value."""
+
+
 class CheckpointError(ElConvertError, ValueError):
     """A file cannot be written or was refused when read; nothing was changed."""
 
@@ -32,9 +36,11 @@ class UnknownNameError(ElConvertError, LookupError):
         "unknown recipe 'elastic'; did you mean 'elastic-link'?"
     """
 
-    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+    def __init__(
+        self, kind: str, name: str, known: Iterable[str], hint: str = "", *, like: str = ""
+    ) -> None:
         self.kind, self.name = kind, name
-        self.nearest = nearest_names(name, known)
+        self.nearest = nearest_names(like or name, known)
         guess = " or ".join(repr(near) for near in self.nearest)
         advice = f"did you mean {guess}?" if guess else hint
         super().__init__(f"unknown {kind} {name!r}" + (f"; {advice}" if advice else ""))

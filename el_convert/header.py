@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -11,7 +12,7 @@ from typing import Any, cast
 from torch.nn.modules.conv import _ConvNd
 
 from el_convert._version import __version__
-from el_convert.activations import ActivationChange
+from el_convert.activations import REPLACEABLE, ActivationChange
 from el_convert.errors import CheckpointError, ElConvertError
 from el_convert.planning import Conversion, Decision
 from el_convert.recipes import Recipe
@@ -139,12 +140,26 @@ def _json_object(text: Any) -> dict[str, Any]:
         raise CheckpointError("the file's header is damaged: nested too deeply") from None
     if not isinstance(data, dict):
         raise CheckpointError("the file's header is not an object: not a file of el_convert")
+    _refuse_control_characters(data)
     return data
+
+
+def _refuse_control_characters(data: Any) -> None:
+    """What a file says is shown in terminals, which obey such characters."""
+    if isinstance(data, str) and any(
+        (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 for c in data
+    ):
+        raise CheckpointError(f"the file's header holds control characters: {data!r}")
+    if isinstance(data, dict):
+        data = [*data, *data.values()]
+    for part in data if isinstance(data, list) else ():
+        _refuse_control_characters(part)
 
 
 def _conversion(data: Mapping[str, Any]) -> Conversion:
     layers = [
-        _record(x, "layers", ("path", "pattern", "reason", "norm")) for x in _list(data, "layers")
+        _record(x, "layers", ("path", "pattern", "reason", "norm"), ("geometry",))
+        for x in _list(data, "layers")
     ]
     for layer in layers:
         if not isinstance(layer.get("geometry"), list):
@@ -164,7 +179,10 @@ def _conversion(data: Mapping[str, Any]) -> Conversion:
 
 
 def _activation(data: Any) -> ActivationChange:
-    record = _record(data, "activations", ("path", "kind", "action", "replacement", "reason"))
+    names = ("path", "kind", "action", "replacement", "reason")
+    record = _record(data, "activations", names, ("channels",))
+    if record["action"] == "replace" and record["kind"] not in REPLACEABLE:
+        raise CheckpointError(f"{record['path']!r}: {record['kind']!r} is no activation")
     if record["action"] not in ("replace", "leave"):
         raise CheckpointError(f"{record['path']}: unknown action {record['action']!r}")
     channels = record.get("channels")
@@ -193,7 +211,9 @@ def _input(data: Any) -> InputSpec:
         raise CheckpointError("the file's input is damaged")
     for name in names:
         values = data[name]
-        numbers = isinstance(values, list) and all(type(v) in (int, float) for v in values)
+        numbers = isinstance(values, list) and all(
+            type(v) in (int, float) and abs(v) < math.inf for v in values
+        )
         if not numbers or not 0 < len(values) <= 4:
             raise CheckpointError(f"the file's input {name} is damaged: {values!r}")
     if not all(type(side) is int and 0 < side <= 1 << 16 for side in data["size"]):
@@ -208,9 +228,14 @@ def _checked(build: Callable[[Any], Any], data: Any, what: str) -> Any:
         raise CheckpointError(f"the file's {what} is not acceptable: {error}") from error
 
 
-def _record(data: Any, what: str, names: tuple[str, ...]) -> dict[str, Any]:
+def _record(
+    data: Any, what: str, names: tuple[str, ...], more: tuple[str, ...] = ()
+) -> dict[str, Any]:
     if not isinstance(data, dict) or not all(isinstance(data.get(name), str) for name in names):
         raise CheckpointError(f"the file's {what} are damaged")
+    odd = set(data) - {*names, *more}
+    if odd:
+        raise CheckpointError(f"the file's {what} have unknown fields: {', '.join(sorted(odd))}")
     return data
 
 

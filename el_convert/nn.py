@@ -8,7 +8,7 @@ child `link`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,14 @@ from el_convert.link import ElasticLink, link_geometry
 from el_convert.recipes import Recipe, find_recipe
 
 _TRANSPOSES = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_TORCH_KINDS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 LayerT = TypeVar("LayerT", bound="BinaryConv")
 
 
@@ -54,6 +62,7 @@ class BinaryConv(_ConvNd):
         (torch.Size([1, 16, 5, 5]), 'expand')
     """
 
+    _needs: ClassVar[tuple[str, ...]] = ()
     recipe: Recipe
     threshold: nn.Parameter | None
     learned_scale: nn.Parameter | None
@@ -77,6 +86,12 @@ class BinaryConv(_ConvNd):
         """
         if not isinstance(conv, _ConvNd):
             raise ConversionError(f"{type(conv).__name__} is not a convolution")
+        kind = next(base for base in cls.__mro__ if base in _TORCH_KINDS)
+        if not isinstance(conv, kind):
+            raise ConversionError(f"{type(conv).__name__} is no {kind.__name__}")
+        lacking = [name for name in cls._needs if not hasattr(conv, name)]
+        if lacking:
+            raise ConversionError(f"{type(conv).__name__} has no {', '.join(lacking)}")
         if isinstance(conv.weight, nn.parameter.UninitializedParameter):
             raise ConversionError(
                 f"{type(conv).__name__} has no weights yet: run one forward first"
@@ -230,6 +245,7 @@ class BinaryStdConv2d(BinaryConv2d):
     over each output channel (arXiv 1903.10520). Takes over the attributes of timm's `StdConv2d`.
     """
 
+    _needs: ClassVar[tuple[str, ...]] = ("eps",)
     eps: float
 
     def latent_weight(self) -> Tensor:
@@ -251,6 +267,7 @@ class BinaryScaledStdConv2d(BinaryStdConv2d):
     Takes over the attributes of timm's `ScaledStdConv2d`.
     """
 
+    _needs = ("eps", "gain", "scale")
     gain: nn.Parameter
     scale: float
 

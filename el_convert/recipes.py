@@ -7,7 +7,7 @@ alternatives in its type; `Recipe.with_options` reaches each by its dotted name,
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
@@ -173,6 +173,10 @@ class Recipe:
             recipe = _with_leaf(recipe, name, parsed)
         return recipe
 
+    def option_names(self) -> tuple[str, ...]:
+        """Every dotted field, as in "link.gamma_init"."""
+        return tuple(name for name, _, _ in _leaves(self))
+
     def option(self, name: str) -> Any:
         """The value of one dotted field, as in `recipe.option("keep.shortcut")`."""
         values = {known: value for known, _, value in _leaves(self)}
@@ -192,15 +196,23 @@ class Recipe:
             RecipeError, UnknownNameError: as in `with_options`.
         """
         flat: dict[str, Any] = {}
+        groups = [group.name for group in fields(cls) if group.name not in ("name", "summary")]
         for group, value in data.items():
-            if isinstance(value, Mapping):
-                flat.update({f"{group}.{name}": leaf for name, leaf in value.items()})
-            elif group not in ("name", "summary"):
+            if group in ("name", "summary"):
+                continue
+            if group not in groups:
+                raise UnknownNameError("recipe group", group, groups)
+            if not isinstance(value, Mapping):
                 raise RecipeError(f"{group} must be an object, not {value!r}")
+            flat.update({f"{group}.{name}": leaf for name, leaf in value.items()})
         name, summary = data.get("name", ""), data.get("summary", "")
         if not isinstance(name, str) or not isinstance(summary, str):
             raise RecipeError("name and summary must be text")
-        return cls(name, summary).with_options(flat)
+        recipe = cls(name, summary).with_options(flat)
+        for name, _, value in _leaves(recipe):
+            if name in flat and type(flat[name]) is str and type(value) is not str:
+                raise RecipeError(f"{name} must not be text: {flat[name]!r}")
+        return recipe
 
 
 @cache
@@ -233,7 +245,8 @@ def _check_value(name: str, kind: Any, value: Any) -> None:
         good, wanted = isinstance(value, bool), "true or false"
     else:
         good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        good, wanted = good and math.isfinite(value), "a finite number"
+        # Comparing, as isfinite fails for integers that no float can hold.
+        good, wanted = good and abs(value) <= sys.float_info.max, "a finite number"
     if not good:
         raise RecipeError(f"{name} must be {wanted}, not {value!r}")
 

@@ -24,7 +24,7 @@ def as_rich(summary: Summary) -> Any:
         table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
     for layer in summary.layers:
         style = {"binarize": "green", "keep": "yellow"}.get(layer.action, "")
-        table.add_row(*_cells(summary, layer), style=style)
+        table.add_row(*map(Text, _cells(summary, layer)), style=style)
     return Group(table, *(Text(line) for line in closing_lines(summary)))
 
 
@@ -33,12 +33,13 @@ def as_text(summary: Summary) -> str:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=_title(summary), title_justify="left", box=box.ASCII2, pad_edge=False)
     for name, numeric in _columns(summary):
         table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
     for layer in summary.layers:
-        table.add_row(*_cells(summary, layer))
+        table.add_row(*map(Text, _cells(summary, layer)))
     stream = io.StringIO()
     Console(file=stream, width=_WIDE, color_system=None, highlight=False).print(table)
     lines = [line.rstrip() for line in stream.getvalue().splitlines()]

@@ -87,7 +87,8 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
 def _site(conv: _ConvNd, names: list[str], calls: list[tuple[GraphFacts, fx.Node]]) -> Site:
     path, *aliases = names
     if not calls:
-        return Site(path, tuple(aliases), conv)
+        alone = not path  # the model is this convolution
+        return Site(path, tuple(aliases), conv, reads_image=alone, feeds_output=alone)
     return Site(
         path,
         tuple(aliases),

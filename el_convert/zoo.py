@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from el_convert.catalog import LIBRARIES, LIST_MODELS, bare_names, model_names
-from el_convert.errors import ConversionError, ElConvertError, UnknownNameError
+from el_convert.errors import ConversionError, ElConvertError, SourceError, UnknownNameError
 
 _ALLOWED: dict[str, dict[str, type[int] | type[str] | type[float] | type[bool]]] = {
     "timm": {
@@ -32,10 +32,6 @@ _ALLOWED: dict[str, dict[str, type[int] | type[str] | type[float] | type[bool]]]
 _MAX_CLASSES = 1_000_000
 _MAX_PIXELS = 16_384
 _SOURCE = "el_convert_source"
-
-
-class SourceError(ElConvertError, ValueError):
-    """A source names what it must not: another hub, an unknown argument, an absurd value."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +80,8 @@ def _check_kwarg(library: str, key: str, value: Any) -> None:
     kind = allowed[key]
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise SourceError(f"argument {key} must be {kind.__name__}, not {value!r}")
-    top = _MAX_CLASSES if key == "num_classes" else _MAX_PIXELS
-    if type(value) is int and not 0 <= value <= top:
+    top = 1 if kind is float else _MAX_CLASSES if key == "num_classes" else _MAX_PIXELS
+    if not isinstance(value, str) and not 0 <= value <= top:
         raise SourceError(f"argument {key} must be between 0 and {top}, not {value}")
 
 
@@ -107,7 +103,9 @@ def find_source(name: str, **kwargs: Any) -> Source:
             return Source(candidate, bare, given)
     # After a prefix only that library's names help.
     known = model_names(f"{library}/*") or bare_names()
-    raise UnknownNameError("model", name, known if library else bare_names(), LIST_MODELS)
+    if library in LIBRARIES:
+        raise UnknownNameError("model", name, known, LIST_MODELS)
+    raise UnknownNameError("model", name, bare_names(), LIST_MODELS, like=bare)
 
 
 def _is_registered(library: str, name: str) -> bool:
@@ -175,6 +173,8 @@ def _create_torchvision(source: Source, pretrained: bool) -> nn.Module:
         options.pop("init_weights", None)
     model: nn.Module = torchvision.models.get_model(source.name, **options)
     if pretrained and fresh_head:
+        if hasattr(model, "transform_input"):  # what their own weights= switches on
+            setattr(model, "transform_input", True)  # noqa: B010
         weights = torchvision.models.get_model_weights(source.name).DEFAULT
         _load_matching(model, weights.get_state_dict(progress=False, check_hash=True))
     return model
@@ -200,17 +200,21 @@ def source_of(model: nn.Module) -> Source | None:
 
     For timm the arguments are guessed; who uses the answer must check it against the model.
     """
-    source = getattr(model, _SOURCE, None)
+    source, classes = getattr(model, _SOURCE, None), getattr(model, "num_classes", None)
     if isinstance(source, Source):
+        if source.library == "timm" and isinstance(classes, int):  # reset_classifier changes it
+            return Source("timm", source.name, {**source.kwargs, "num_classes": classes})
         return source
     config = getattr(model, "pretrained_cfg", None)
     if not type(model).__module__.startswith("timm.") or not isinstance(config, Mapping):
         return None
-    name, classes = config.get("architecture"), getattr(model, "num_classes", None)
+    name = config.get("architecture")
     first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
     kwargs: dict[str, Any] = {}
     if isinstance(classes, int):
         kwargs["num_classes"] = classes
+    if getattr(model, "drop_rate", 0.0):
+        kwargs["drop_rate"] = model.drop_rate
     if first is not None and first.in_channels not in (3, 48, 192):  # plain, or pixels unshuffled
         kwargs["in_chans"] = first.in_channels
     return Source("timm", name, kwargs) if isinstance(name, str) else None

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from el_convert.convert import binarize
 from el_convert.nn import BinaryConv
 
-COUNT, SIDE = 64, 96
+COUNT, SIDE = 64, 64
 
 
 def natural_noise() -> Tensor:
-    """(64, 3, 96, 96) images whose spectrum falls like 1/f, as photographs' does."""
+    """(64, 3, 64, 64) images whose spectrum falls like 1/f, as photographs' does."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(COUNT, 3, SIDE, SIDE, generator=generator)
     rows, columns = torch.fft.fftfreq(SIDE)[:, None], torch.fft.fftfreq(SIDE)[None]
