@@ -120,8 +120,8 @@ class BinaryConv(_ConvNd):
         linked = recipe.link.enabled and (
             recipe.link.where == "all" or self.in_channels == self.out_channels
         )
-        geometry = link_geometry(self)
-        self.link = ElasticLink(geometry, recipe.link, like=weight) if linked else None
+        link = ElasticLink(link_geometry(self), recipe.link, like=weight).train(self.training)
+        self.link = link if linked else None
 
     def latent_weight(self) -> Tensor:
         """The real-valued weight whose sign is used, of the shape of `weight`."""

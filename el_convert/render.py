@@ -4,51 +4,105 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
+
     from el_convert.report import LayerSummary, Summary
 
-_WIDE = 200  # plain text is for programs and files: lines are not folded
+_WIDE = 1000  # plain text is for programs and files: lines are not folded
 
 
-def as_rich(summary: Summary) -> Any:
-    """A rich renderable: the table, then totals and reasons."""
-    from rich.console import Group
+@dataclass(frozen=True)
+class _Column:
+    """A column of the table; the greatest `rank` goes first where width is short."""
+
+    name: str
+    cell: Callable[[LayerSummary], str]
+    rank: int = 0
+    numeric: bool = True
+    counted: bool = False
+
+
+_COLUMNS = (
+    _Column("layer", lambda layer: layer.path, numeric=False),
+    _Column("kind", lambda layer: layer.kind, 2, numeric=False),
+    _Column("action", lambda layer: _action(layer), numeric=False),
+    _Column("link", lambda layer: layer.link, 3, numeric=False),
+    _Column("output", lambda layer: "x".join(map(str, layer.output or ())), 6, counted=True),
+    _Column("float MACs", lambda layer: big_number(layer.float_macs), 5, counted=True),
+    _Column("1-bit MACs", lambda layer: big_number(layer.binary_macs), 4, counted=True),
+    _Column("OPs", lambda layer: big_number(layer.ops), 1, counted=True),
+    _Column("stored", lambda layer: byte_size(layer.stored_bytes), 7),
+    _Column("packed", lambda layer: byte_size(layer.packed_bytes), 1),
+)
+
+
+def _action(layer: LayerSummary) -> str:
+    return f"keep: {layer.pattern}" if layer.action == "keep" else layer.action
+
+
+def _columns(summary: Summary, width: int = _WIDE) -> list[_Column]:
+    """The columns that have something to show and fit into a width."""
+    columns = [column for column in _COLUMNS if summary.input_size or not column.counted]
+    while _width(summary, columns) > width and max(column.rank for column in columns):
+        columns.remove(max(columns, key=lambda column: column.rank))
+    return columns
+
+
+def _width(summary: Summary, columns: list[_Column]) -> int:
+    texts = [[column.name, *map(column.cell, summary.layers)] for column in columns]
+    return sum(max(map(len, cells)) + 3 for cells in texts)
+
+
+def _table(summary: Summary, width: int, **style: Any) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=_title(summary), title_justify="left", header_style="bold", pad_edge=False)
-    for name, numeric in _columns(summary):
-        table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
+    title = Text(_title(summary))
+    table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, **style)
+    columns = _columns(summary, width)
+    for column in columns:
+        table.add_column(column.name, justify="right" if column.numeric else "left", no_wrap=True)
     for layer in summary.layers:
-        style = {"binarize": "green", "keep": "yellow"}.get(layer.action, "")
-        table.add_row(*map(Text, _cells(summary, layer)), style=style)
-    return Group(table, *(Text(line) for line in closing_lines(summary)))
+        colour = {"binarize": "green", "keep": "yellow"}.get(layer.action, "")
+        # Text: a name such as "[b]" must not be taken for markup.
+        table.add_row(*(Text(column.cell(layer)) for column in columns), style=colour)
+    return table
+
+
+class RichSummary:
+    """The table, with the columns that fit, then totals and reasons."""
+
+    def __init__(self, summary: Summary) -> None:
+        self.summary = summary
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        from rich.text import Text
+
+        yield _table(self.summary, options.max_width)
+        for line in closing_lines(self.summary):
+            yield Text(line)
 
 
 def as_text(summary: Summary) -> str:
     """Plain text, no colours, no folding."""
     from rich import box
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title=_title(summary), title_justify="left", box=box.ASCII2, pad_edge=False)
-    for name, numeric in _columns(summary):
-        table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
-    for layer in summary.layers:
-        table.add_row(*map(Text, _cells(summary, layer)))
     stream = io.StringIO()
-    Console(file=stream, width=_WIDE, color_system=None, highlight=False).print(table)
+    console = Console(file=stream, width=_WIDE, color_system=None, highlight=False)
+    console.print(_table(summary, _WIDE, box=box.ASCII2))
     lines = [line.rstrip() for line in stream.getvalue().splitlines()]
     return "\n".join([*lines, *closing_lines(summary)])
 
 
 def as_html(summary: Summary) -> str:
     """A self-contained table; kept rows are marked."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name, _ in _columns(summary))
+    head = "".join(f"<th>{html.escape(column.name)}</th>" for column in _columns(summary))
     rows = "".join(_html_row(summary, layer) for layer in summary.layers)
     lines = "<br>".join(html.escape(line) for line in closing_lines(summary))
     return (
@@ -59,57 +113,20 @@ def as_html(summary: Summary) -> str:
 
 
 def _html_row(summary: Summary, layer: LayerSummary) -> str:
-    columns = _columns(summary)
-    cells = zip(_cells(summary, layer), columns, strict=True)
     title = f" title='{html.escape(layer.reason, quote=True)}'" if layer.reason else ""
-    weight = "font-weight:bold" if layer.action == "keep" else ""
-    return (
-        f"<tr{title} style='{weight}'>"
-        + "".join(
-            f"<td style='text-align:{'right' if numeric else 'left'}'>{html.escape(cell)}</td>"
-            for cell, (_, numeric) in cells
-        )
-        + "</tr>"
+    weight = "bold" if layer.action == "keep" else "normal"
+    cells = "".join(
+        f"<td style='text-align:{'right' if column.numeric else 'left'}'>"
+        f"{html.escape(column.cell(layer))}</td>"
+        for column in _columns(summary)
     )
+    return f"<tr{title} style='font-weight:{weight}'>{cells}</tr>"
 
 
 def _title(summary: Summary) -> str:
     recipe = f", recipe {summary.recipe}" if summary.recipe else ", float"
     size = "x".join(map(str, summary.input_size)) if summary.input_size else "of unknown size"
     return f"{summary.model}{recipe}, input {size}"
-
-
-def _columns(summary: Summary) -> list[tuple[str, bool]]:
-    """(name, whether numeric)"""
-    counted = [("output", True), ("float MACs", True), ("1-bit MACs", True), ("OPs", True)]
-    return [
-        ("layer", False),
-        ("kind", False),
-        ("action", False),
-        ("link", False),
-        *(counted if summary.input_size else []),
-        ("stored", True),
-        ("packed", True),
-    ]
-
-
-def _cells(summary: Summary, layer: LayerSummary) -> list[str]:
-    action = f"keep: {layer.pattern}" if layer.action == "keep" else layer.action
-    counted = [
-        "x".join(map(str, layer.output or ())),
-        big_number(layer.float_macs),
-        big_number(layer.binary_macs),
-        big_number(layer.ops),
-    ]
-    return [
-        layer.path,
-        layer.kind,
-        action,
-        layer.link,
-        *(counted if summary.input_size else []),
-        byte_size(layer.stored_bytes),
-        byte_size(layer.packed_bytes),
-    ]
 
 
 def closing_lines(summary: Summary) -> list[str]:

@@ -161,9 +161,9 @@ class Summary:
         return as_text(self)
 
     def __rich__(self) -> Any:
-        from el_convert.render import as_rich
+        from el_convert.render import RichSummary
 
-        return as_rich(self)
+        return RichSummary(self)
 
     def _repr_html_(self) -> str:
         from el_convert.render import as_html

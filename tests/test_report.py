@@ -150,6 +150,18 @@ def test_rich_has_colours_and_everything(resnet18: Summary) -> None:
     assert all(layer.path in text for layer in resnet18.layers)
 
 
+@pytest.mark.parametrize("width", [72, 80, 100, 120, 140, 200])
+def test_columns_are_dropped_rather_than_cut(resnet18: Summary, width: int) -> None:
+    console = Console(force_terminal=True, width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(resnet18)
+    text = capture.get()
+    assert "\u2026" not in text
+    assert max(map(len, text.splitlines())) <= width
+    assert all(name in text for name in ("layer", "action", "OPs", "packed"))
+    assert ("stored" in text.splitlines()[2]) == (width >= 140)
+
+
 class Cells(HTMLParser):
     """Collects the text of a table and checks that tags nest."""
 
