@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from el_convert.atomic import replace_file
 from el_convert.convert import apply, conversion_of, copy_model, floating_dtype
@@ -19,7 +18,7 @@ from el_convert.errors import CheckpointError, ElConvertError, UnknownNameError
 from el_convert.header import KEY, Header, geometry_of, parse_header, write_header
 from el_convert.patterns import find_pattern
 from el_convert.planning import NORMS, Conversion
-from el_convert.tracing import join
+from el_convert.tracing import is_convolution, join
 from el_convert.zoo import Source, create, find_source, input_spec, source_of
 
 _PASSING = ("training", "grad_checkpointing")
@@ -106,7 +105,7 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
 
 def _describe(model: nn.Module, conversion: Conversion, source: Source | None) -> Header:
     modules = dict(model.named_modules(remove_duplicate=False))
-    convs = {path: module for path, module in modules.items() if isinstance(module, _ConvNd)}
+    convs = {path: module for path, module in modules.items() if is_convolution(module)}
     geometry = {d.path: geometry_of(convs[d.path]) for d in conversion.binarized}
     dtype = str(floating_dtype(model)).removeprefix("torch.")
     return Header(conversion, geometry, source, input_spec(model, source), dtype)
@@ -283,10 +282,10 @@ def _checked_skeleton(header: Header, state: Mapping[str, Tensor]) -> nn.Module:
 def _replay(model: nn.Module, header: Header) -> None:
     """Check the plan against the skeleton, then apply it. Never matches anew."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    present = [path for path, module in model.named_modules() if isinstance(module, _ConvNd)]
+    present = [path for path, module in model.named_modules() if is_convolution(module)]
     for decision in header.conversion.binarized:
         conv = modules.get(decision.path)
-        if not isinstance(conv, _ConvNd):
+        if not is_convolution(conv):
             raise CheckpointError(f"layer {decision.path!r} is no convolution of {_kind(model)}")
         if geometry_of(conv) != header.geometry[decision.path]:
             raise CheckpointError(

@@ -9,11 +9,10 @@ from typing import TypeVar, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from el_convert.activations import build_activation
 from el_convert.errors import ConversionError
-from el_convert.nn import BinaryConv
+from el_convert.nn import BinaryLayer
 from el_convert.patterns import find_pattern
 from el_convert.planning import Conversion, plan_conversion, unexpected_keeps
 from el_convert.recipes import Recipe
@@ -109,7 +108,7 @@ def apply(model: ModelT, conversion: Conversion) -> ModelT:
         except ConversionError as error:
             raise ConversionError(f"{decision.path!r}, by {decision.pattern!r}: {error}") from error
         new[id(modules[decision.path])] = layer
-        if decision.norm and isinstance(layer, BinaryConv):
+        if decision.norm and isinstance(layer, BinaryLayer):
             layer.norm = modules[decision.norm]
             new[id(layer.norm)] = nn.Identity()
     for change in conversion.activations:
@@ -166,11 +165,6 @@ def conversion_of(model: nn.Module) -> Conversion:
             f"{type(model).__name__} is not a binarized model: call binarize(model) first"
         )
     return conversion
-
-
-def count_convolutions(model: nn.Module) -> int:
-    """How many distinct convolution modules a model holds."""
-    return sum(isinstance(module, _ConvNd) for module in model.modules())
 
 
 def floating_dtype(model: nn.Module) -> torch.dtype:

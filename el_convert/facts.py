@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvTransposeNd
 
-from el_convert.tracing import Region, holds_convolution
+from el_convert.tracing import Region, holds_convolution, is_convolution
 
 RELU_FAMILY = (nn.ReLU, nn.ReLU6)
 _NON_NEGATIVE_MODULES = (*RELU_FAMILY, nn.Sigmoid, nn.Softmax, nn.Hardsigmoid, nn.Softplus)
@@ -104,7 +104,7 @@ class GraphFacts:
             facts.ancestors |= fact.ancestors | 1 << self.position[value]
             facts.depth = max(facts.depth, fact.depth)
         module = self.module(node)
-        facts.depth += isinstance(module, _ConvNd) or bool(module and holds_convolution(module))
+        facts.depth += module is not None and holds_convolution(module)
         facts.pooled = _is_pooled(node, module, known)
         final = final_activation(str(node.target), module) if module is not None else None
         if final is not None:
@@ -201,7 +201,7 @@ def _is_nonnegative(
 
 
 def _channels(node: fx.Node, module: nn.Module | None, inputs: list[NodeFacts]) -> int | None:
-    if isinstance(module, _ConvNd):
+    if is_convolution(module):
         return module.out_channels
     first = next((fact.channels for fact in inputs if fact.channels), None)
     if module is not None:

@@ -5,10 +5,11 @@ Shapes: N batch, C channels, G groups, spatial dimensions written as `...`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
@@ -133,3 +134,37 @@ def xnor_activation_scale(
     taps = input.new_full((groups, 1, *kernel_size), 1 / torch.Size(kernel_size).numel())
     scale = box_filter(magnitude, taps)
     return scale if groups == 1 else scale.repeat_interleave(out_channels // groups, channel_dim)
+
+
+def pad_same(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    r"""Zero-pad as TensorFlow's "SAME": outputs are the input's size over the stride, rounded up.
+
+    .. math:: p = \max((\lceil n / s \rceil - 1) s + d (k - 1) + 1 - n,\ 0), \quad
+              p_\text{left} = \lfloor p / 2 \rfloor
+
+    Args:
+        input: (..., H, W)
+        kernel_size, stride, dilation: per spatial dimension.
+
+    Returns:
+        (..., H + p_H, W + p_W)
+
+    Example:
+        >>> pad_same(torch.zeros(1, 1, 4, 4), (3, 3), (2, 2), (1, 1)).shape
+        torch.Size([1, 1, 5, 5])
+    """
+    if has_torch_function_unary(input):  # one node in a traced graph
+        options = (kernel_size, stride, dilation)
+        traced: Tensor = handle_torch_function(pad_same, (input,), input, *options)
+        return traced
+    pads: list[int] = []
+    sizes = input.shape[-len(kernel_size) :]
+    for n, k, s, d in zip(sizes, kernel_size, stride, dilation, strict=True):
+        total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
+        pads = [total // 2, total - total // 2, *pads]  # F.pad: last dimension first
+    return F.pad(input, pads)

@@ -12,10 +12,10 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from el_convert.convert import apply
 from el_convert.errors import ConversionError
 from el_convert.link import ElasticLink
-from el_convert.nn import BinaryConv
+from el_convert.nn import BinaryLayer
 from el_convert.planning import plan_conversion
 from el_convert.recipes import Recipe
-from el_convert.tracing import ConvTracer, holds_convolution
+from el_convert.tracing import ConvTracer, holds_convolution, is_convolution
 
 
 def to_graph(model: nn.Module) -> fx.GraphModule:
@@ -50,11 +50,9 @@ def to_graph(model: nn.Module) -> fx.GraphModule:
 
 def is_graph_leaf(module: nn.Module) -> bool:
     """Whether `to_graph` shows a module as one node: gates, float convolutions, and the rest."""
-    if isinstance(module, BinaryConv):
+    if isinstance(module, BinaryLayer):
         return False
-    return isinstance(module, (ElasticLink, nn.modules.conv._ConvNd)) or not holds_convolution(
-        module
-    )
+    return is_convolution(module) or not holds_convolution(module)
 
 
 def _trace(module: nn.Module) -> fx.GraphModule | str:

@@ -51,7 +51,7 @@ class Header:
 
 def geometry_of(conv: _ConvNd) -> list[Any]:
     """The numbers that make a convolution: class, channels, kernel, stride, padding, ..."""
-    kind = "ConvTranspose" if conv.transposed else "Conv"
+    kind = "ConvTranspose" if getattr(conv, "transposed", False) else "Conv"
     padding = conv.padding if isinstance(conv.padding, str) else list(conv.padding)
     return [
         f"{kind}{len(conv.kernel_size)}d",
@@ -61,10 +61,11 @@ def geometry_of(conv: _ConvNd) -> list[Any]:
         list(conv.stride),
         padding,
         list(conv.dilation),
-        list(conv.output_padding),
+        list(getattr(conv, "output_padding", [])),
         conv.groups,
         conv.bias is not None,
-        conv.padding_mode,
+        getattr(conv, "padding_mode", "zeros"),
+        list(conv.weight.shape),
     ]
 
 

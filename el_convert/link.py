@@ -43,7 +43,7 @@ class LinkGeometry:
     transposed: bool = False
 
 
-def link_geometry(conv: nn.modules.conv._ConvNd) -> LinkGeometry:
+def link_geometry(conv: Any) -> LinkGeometry:
     r"""The geometry of a convolution's link: windows centred on the receptive fields.
 
     Output i sees the input around `i * stride - padding + dilation * (kernel - 1) / 2`; a window

@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from el_convert.errors import ConversionError
 from el_convert.functional import binarize_ste, weight_scale, xnor_activation_scale
-from el_convert.link import ElasticLink, link_geometry
+from el_convert.link import ElasticLink, LinkGeometry, link_geometry
 from el_convert.recipes import Recipe, find_recipe
 
 _TRANSPOSES = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -29,10 +29,127 @@ _TORCH_KINDS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-LayerT = TypeVar("LayerT", bound="BinaryConv")
+LayerT = TypeVar("LayerT", bound="BinaryLayer")
 
 
-class BinaryConv(_ConvNd):
+class BinaryLayer(nn.Module):
+    """What every binary layer has, whichever class of convolution it comes from.
+
+    Attributes:
+        recipe: the choices it was made with.
+        threshold: (C_in,) or None.
+        learned_scale: (C_out,) or None.
+        norm: a norm moved between convolution and link (`link.place=after-norm`), or None.
+        link: the gate, or None.
+        packs: whether its weight can be stored at 1 bit.
+    """
+
+    packs: ClassVar[bool] = True
+    _needs: ClassVar[tuple[str, ...]] = ()
+    recipe: Recipe
+    threshold: nn.Parameter | None
+    learned_scale: nn.Parameter | None
+    norm: nn.Module | None
+    link: ElasticLink | None
+    weight: Tensor
+    bias: Tensor | None
+    in_channels: int
+    out_channels: int
+    groups: int
+    kernel_size: tuple[int, ...]
+
+    @classmethod
+    def from_float(cls: type[LayerT], conv: nn.Module, recipe: Recipe | str) -> LayerT:
+        """A binary layer with the Parameters, mode, hooks and attributes of a convolution.
+
+        Args:
+            conv: an initialized convolution of the same kind; not changed.
+            recipe: a recipe or its name.
+
+        Raises:
+            ConversionError: `conv` is of another kind, or is lazy.
+        """
+        cls._check_kind(conv)
+        lacking = [name for name in cls._needs if not hasattr(conv, name)]
+        if lacking:
+            raise ConversionError(f"{type(conv).__name__} has no {', '.join(lacking)}")
+        if isinstance(conv.weight, nn.parameter.UninitializedParameter):
+            raise ConversionError(
+                f"{type(conv).__name__} has no weights yet: run one forward first"
+            )
+        layer = cls.__new__(cls)
+        # Not __init__, which would draw new weights: the random state stays as it was.
+        layer.__dict__.update(
+            {
+                name: value.copy() if isinstance(value, (dict, set)) else value
+                for name, value in vars(conv).items()
+            }
+        )
+        layer._attach(find_recipe(recipe))
+        return layer
+
+    @classmethod
+    def _check_kind(cls, conv: nn.Module) -> None:
+        """Raise ConversionError for what `from_float` cannot take."""
+
+    def _attach(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        weight = self.latent_weight().detach()
+        threshold = weight.new_zeros(self.in_channels)
+        learned = recipe.input.binary and recipe.input.threshold == "learned"
+        self.register_parameter("threshold", nn.Parameter(threshold) if learned else None)
+        learned = recipe.weight.binary and recipe.weight.scale == "learned"
+        scale = self._mean_scale(weight) if learned else None
+        self.register_parameter("learned_scale", None if scale is None else nn.Parameter(scale))
+        self.norm = None
+        linked = recipe.link.enabled and (
+            recipe.link.where == "all" or self.in_channels == self.out_channels
+        )
+        link = ElasticLink(self._link_geometry(), recipe.link, like=weight).train(self.training)
+        self.link = link if linked else None
+
+    def _link_geometry(self) -> LinkGeometry:
+        return link_geometry(self)
+
+    def latent_weight(self) -> Tensor:
+        """The real-valued weight whose sign is used, of the shape of `weight`."""
+        return self.weight
+
+    def output_scale(self, latent: Tensor) -> Tensor | None:
+        """The weight scale, (C_out,), or None where the recipe has none.
+
+        Args:
+            latent: what `latent_weight` gave.
+        """
+        kind = self.recipe.weight.scale
+        if not self.recipe.weight.binary or kind == "none":
+            return None
+        if kind == "learned":
+            return self.learned_scale
+        scale = self._mean_scale(latent)
+        return scale.detach() if kind == "mean-detached" else scale
+
+    def _mean_scale(self, weight: Tensor) -> Tensor:
+        return weight_scale(weight)
+
+    def _channelwise(self, values: Tensor) -> Tensor:
+        return values.view(-1, *[1] * len(self.kernel_size))
+
+    def _binary_input(self, input: Tensor) -> Tensor:
+        if not self.recipe.input.binary:
+            return input
+        if self.threshold is not None:
+            input = input - self._channelwise(self.threshold)
+        return binarize_ste(input, self.recipe.input.gradient)
+
+    def _finish(self, input: Tensor, output: Tensor) -> Tensor:
+        """What follows the convolution: a norm that moved inside, then the gate."""
+        if self.norm is not None:
+            output = self.norm(output)
+        return output if self.link is None else self.link(input, output)
+
+
+class BinaryConv(BinaryLayer, _ConvNd):
     r"""What all binary convolutions share; use the subclass of the dimension you need.
 
     .. math:: y = s \cdot \text{conv}(\text{pad}_0(b(x - t)), b(w)) + \text{bias}, \qquad
@@ -62,102 +179,30 @@ class BinaryConv(_ConvNd):
         (torch.Size([1, 16, 5, 5]), 'expand')
     """
 
-    _needs: ClassVar[tuple[str, ...]] = ()
-    recipe: Recipe
-    threshold: nn.Parameter | None
-    learned_scale: nn.Parameter | None
-    norm: nn.Module | None
-    link: ElasticLink | None
-
     def __init__(self, *args: Any, recipe: Recipe | str = "elastic-link", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._attach(find_recipe(recipe))
 
     @classmethod
-    def from_float(cls: type[LayerT], conv: nn.Module, recipe: Recipe | str) -> LayerT:
-        """A binary layer with the Parameters, mode, hooks and attributes of a convolution.
-
-        Args:
-            conv: an initialized convolution of the same dimension; not changed.
-            recipe: a recipe or its name.
-
-        Raises:
-            ConversionError: `conv` is not a convolution, or is lazy.
-        """
+    def _check_kind(cls, conv: nn.Module) -> None:
         if not isinstance(conv, _ConvNd):
             raise ConversionError(f"{type(conv).__name__} is not a convolution")
         kind = next(base for base in cls.__mro__ if base in _TORCH_KINDS)
         if not isinstance(conv, kind):
             raise ConversionError(f"{type(conv).__name__} is no {kind.__name__}")
-        lacking = [name for name in cls._needs if not hasattr(conv, name)]
-        if lacking:
-            raise ConversionError(f"{type(conv).__name__} has no {', '.join(lacking)}")
-        if isinstance(conv.weight, nn.parameter.UninitializedParameter):
-            raise ConversionError(
-                f"{type(conv).__name__} has no weights yet: run one forward first"
-            )
-        layer = cls.__new__(cls)
-        # Not __init__, which would draw new weights: the random state stays as it was.
-        layer.__dict__.update(
-            {
-                name: value.copy() if isinstance(value, (dict, set)) else value
-                for name, value in vars(conv).items()
-            }
-        )
-        layer._attach(find_recipe(recipe))
-        return layer
-
-    def _attach(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        weight = self.latent_weight().detach()
-        threshold = weight.new_zeros(self.in_channels)
-        learned = recipe.input.binary and recipe.input.threshold == "learned"
-        self.register_parameter("threshold", nn.Parameter(threshold) if learned else None)
-        learned = recipe.weight.binary and recipe.weight.scale == "learned"
-        scale = self._mean_scale(weight) if learned else None
-        self.register_parameter("learned_scale", None if scale is None else nn.Parameter(scale))
-        self.norm = None
-        linked = recipe.link.enabled and (
-            recipe.link.where == "all" or self.in_channels == self.out_channels
-        )
-        link = ElasticLink(link_geometry(self), recipe.link, like=weight).train(self.training)
-        self.link = link if linked else None
-
-    def latent_weight(self) -> Tensor:
-        """The real-valued weight whose sign is used, of the shape of `weight`."""
-        return self.weight
-
-    def output_scale(self) -> Tensor | None:
-        """The weight scale, (C_out,), or None where the recipe has none."""
-        kind = self.recipe.weight.scale
-        if not self.recipe.weight.binary or kind == "none":
-            return None
-        if kind == "learned":
-            return self.learned_scale
-        scale = self._mean_scale(self.latent_weight())
-        return scale.detach() if kind == "mean-detached" else scale
 
     def _mean_scale(self, weight: Tensor) -> Tensor:
         return weight_scale(weight, groups=self.groups, transposed=self.transposed)
 
-    def _channelwise(self, values: Tensor) -> Tensor:
-        return values.view(-1, *[1] * len(self.kernel_size))
-
-    def _binary_input(self, input: Tensor) -> Tensor:
-        if not self.recipe.input.binary:
-            return input
-        if self.threshold is not None:
-            input = input - self._channelwise(self.threshold)
-        return binarize_ste(input, self.recipe.input.gradient)
-
     def _binary_output(self, input: Tensor, output_size: Sequence[int] | None) -> Tensor:
-        signs, weight = self._binary_input(input), self.latent_weight()
+        signs, latent = self._binary_input(input), self.latent_weight()
         if not self.recipe.weight.binary and self.recipe.input.scale == "none":
-            return self._apply_kernel(signs, weight, self.bias, output_size)
+            return self._apply_kernel(signs, latent, self.bias, output_size)
+        weight = latent
         if self.recipe.weight.binary:
-            weight = binarize_ste(weight, self.recipe.weight.gradient)
+            weight = binarize_ste(latent, self.recipe.weight.gradient)
         output = self._apply_kernel(signs, weight, None, output_size)
-        scale = self.output_scale()
+        scale = self.output_scale(latent)
         if scale is not None:
             output = output * self._channelwise(scale)
         if self.recipe.input.scale == "xnor":
@@ -183,10 +228,7 @@ class BinaryConv(_ConvNd):
         return output
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        output = self._binary_output(input, output_size)
-        if self.norm is not None:
-            output = self.norm(output)
-        return output if self.link is None else self.link(input, output)
+        return self._finish(input, self._binary_output(input, output_size))
 
     def extra_repr(self) -> str:
         convolution: str = super().extra_repr()  # type: ignore[no-untyped-call]
@@ -235,44 +277,6 @@ class BinaryConvTranspose2d(_BinaryConvTranspose, nn.ConvTranspose2d):
 
 class BinaryConvTranspose3d(_BinaryConvTranspose, nn.ConvTranspose3d):
     """1-bit `torch.nn.ConvTranspose3d`; see `BinaryConv`."""
-
-
-class BinaryStdConv2d(BinaryConv2d):
-    r"""Weight-standardized convolutions: the standardized weight is what is binarized.
-
-    .. math:: \hat w = (w - \mu) / \sqrt{\sigma^2 + \epsilon}
-
-    over each output channel (arXiv 1903.10520). Takes over the attributes of timm's `StdConv2d`.
-    """
-
-    _needs: ClassVar[tuple[str, ...]] = ("eps",)
-    eps: float
-
-    def latent_weight(self) -> Tensor:
-        return self._standardized(None)
-
-    def _standardized(self, factor: Tensor | None) -> Tensor:
-        flat = self.weight.reshape(1, self.out_channels, -1)
-        weight = F.batch_norm(
-            flat, None, None, weight=factor, training=True, momentum=0.0, eps=self.eps
-        )
-        return weight.reshape_as(self.weight)
-
-
-class BinaryScaledStdConv2d(BinaryStdConv2d):
-    r"""Scaled weight standardization (NF-ResNet, arXiv 2101.08692).
-
-    .. math:: \hat w = (w - \mu) / \sqrt{\sigma^2 + \epsilon} \cdot \text{gain} \cdot \text{scale}
-
-    Takes over the attributes of timm's `ScaledStdConv2d`.
-    """
-
-    _needs = ("eps", "gain", "scale")
-    gain: nn.Parameter
-    scale: float
-
-    def latent_weight(self) -> Tensor:
-        return self._standardized((self.gain * self.scale).view(-1))
 
 
 class RPReLU(nn.Module):

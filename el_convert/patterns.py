@@ -20,11 +20,18 @@ from el_convert.nn import (
     BinaryConvTranspose1d,
     BinaryConvTranspose2d,
     BinaryConvTranspose3d,
+)
+from el_convert.nn_timm import (
+    BinaryCondConv2d,
+    BinaryConv2dSame,
     BinaryScaledStdConv2d,
+    BinaryScaledStdConv2dSame,
     BinaryStdConv2d,
+    BinaryStdConv2dSame,
 )
 from el_convert.recipes import Recipe
 from el_convert.sites import Site
+from el_convert.tracing import dotted_name
 
 Action = Literal["binarize", "keep"]
 Builder = Callable[[nn.Module, Recipe], nn.Module]
@@ -68,11 +75,6 @@ class Pattern:
     def decides(self, site: Site, recipe: Recipe) -> bool:
         """Whether the row is switched on by the recipe and matches the site."""
         return (self.option is None or bool(recipe.option(self.option))) and self.match(site)
-
-
-def dotted_name(kind: type) -> str:
-    """Module and name of a class, as in "timm.layers.std_conv.StdConv2d"."""
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def exactly(*kinds: type | str) -> Callable[[Site], bool]:
@@ -167,6 +169,40 @@ PATTERNS: list[Pattern] = [
         "timm.layers.std_conv.ScaledStdConv2d",
         BinaryScaledStdConv2d.from_float,
         "the standardized and scaled weight is binarized",
+    ),
+    _row(
+        "std-conv2d-same",
+        "timm.layers.std_conv.StdConv2dSame",
+        BinaryStdConv2dSame.from_float,
+        'the standardized weight is binarized, padding to "same" follows the sign',
+    ),
+    _row(
+        "scaled-std-conv2d-same",
+        "timm.layers.std_conv.ScaledStdConv2dSame",
+        BinaryScaledStdConv2dSame.from_float,
+        'the standardized and scaled weight is binarized, padding to "same" follows the sign',
+    ),
+    _row(
+        "conv2d-same",
+        "timm.layers.conv2d_same.Conv2dSame",
+        BinaryConv2dSame.from_float,
+        'padding to "same" follows the sign',
+    ),
+    _row(
+        "cond-conv2d",
+        "timm.layers.cond_conv2d.CondConv2d",
+        BinaryCondConv2d.from_float,
+        "each sample's mixed kernel is binarized",
+    ),
+    Pattern(
+        "conv3d-video",
+        exactly(
+            "torchvision.models.video.resnet.Conv3DSimple",
+            "torchvision.models.video.resnet.Conv3DNoTemporal",
+        ),
+        "binarize",
+        "a 3d convolution with a constructor of its own",
+        BinaryConv3d.from_float,
     ),
     Pattern(
         "unknown-class",

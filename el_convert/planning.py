@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.jit import ScriptModule
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from el_convert.activations import ActivationChange, plan_activations
 from el_convert.errors import ConversionError, UnknownNameError
-from el_convert.nn import BinaryConv
-from el_convert.patterns import KEPT_BY_NAME, Action, dotted_name, find_pattern, first_match
+from el_convert.nn import BinaryLayer
+from el_convert.patterns import KEPT_BY_NAME, Action, find_pattern, first_match
 from el_convert.recipes import Recipe, find_recipe
 from el_convert.sites import Site, find_sites
+from el_convert.tracing import dotted_name, is_convolution
 
 _WRAPPERS = {
     "torch.nn.parallel.data_parallel.DataParallel": "wrapped in DataParallel",
@@ -111,9 +112,15 @@ def plan_conversion(
     model: nn.Module, recipe: Recipe | str = "elastic-link", *, keep: Sequence[str] = ()
 ) -> Conversion:
     """Like `plan`, with the recipe and the activations."""
-    recipe = find_recipe(recipe)
     _refuse_unconvertible(model)
-    sites = find_sites(model)
+    return plan_sites(find_sites(model), recipe, keep=keep)
+
+
+def plan_sites(
+    sites: Sequence[Site], recipe: Recipe | str = "elastic-link", *, keep: Sequence[str] = ()
+) -> Conversion:
+    """Like `plan_conversion`, for sites that were found already."""
+    recipe = find_recipe(recipe)
     globs = [keep] if isinstance(keep, str) else list(keep)
     _refuse_idle_globs(globs, sites)
     decisions = [_decide(site, recipe, globs) for site in sites]
@@ -170,15 +177,20 @@ def _refuse_unconvertible(model: nn.Module) -> None:
             raise ConversionError(
                 f"{where} is compiled: binarize the model first, compile it after"
             )
-        if isinstance(module, BinaryConv):
+        if isinstance(module, BinaryLayer):
             raise ConversionError(
                 f"{where} is a binary convolution: this model is binarized already; "
                 "start from the float model"
             )
-        if isinstance(module, _ConvNd) and isinstance(module, LazyModuleMixin):
+        if is_convolution(module) and isinstance(module, LazyModuleMixin):
             raise ConversionError(
                 f"{where} is lazy and has no weights yet: run one forward, then binarize"
             )
+
+
+def conversion_counts(conversion: Conversion) -> Counter[str]:
+    """How many convolutions each row of the table decided."""
+    return Counter(decision.pattern for decision in conversion.decisions)
 
 
 def unexpected_keeps(conversion: Conversion) -> tuple[Decision, ...]:

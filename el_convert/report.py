@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from el_convert.activations import ActivationChange
 from el_convert.convert import conversion_of
 from el_convert.errors import ConversionError
-from el_convert.nn import BinaryConv
+from el_convert.nn import BinaryLayer
 from el_convert.planning import Conversion, Decision
-from el_convert.tracing import undisturbed
+from el_convert.tracing import is_convolution, undisturbed
 from el_convert.zoo import input_spec, source_of
 
 ONE_BIT_PER_OP = 64
@@ -221,7 +220,7 @@ def _conversion(model: nn.Module) -> Conversion | None:
 
 def _weighted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
-        if isinstance(module, (_ConvNd, nn.Linear)):
+        if is_convolution(module) or isinstance(module, nn.Linear):
             yield path, module
 
 
@@ -261,12 +260,13 @@ def _record(
     call.output = tuple(output.shape[1:])
     if isinstance(module, nn.Linear):
         call.macs += output.numel() * module.in_features
-    elif isinstance(module, _ConvNd):
+    elif is_convolution(module):
         # Each input pixel of a transposed convolution meets every output channel of its group.
-        moved = inputs[0].numel() if module.transposed else output.numel()
-        partners = module.out_channels if module.transposed else module.in_channels
+        transposed = getattr(module, "transposed", False)
+        moved = inputs[0].numel() if transposed else output.numel()
+        partners = module.out_channels if transposed else module.in_channels
         call.macs += moved * partners // module.groups * math.prod(module.kernel_size)
-        if isinstance(module, BinaryConv) and module.link is not None:
+        if isinstance(module, BinaryLayer) and module.link is not None:
             call.link_macs += output.numel()
 
 
@@ -275,8 +275,8 @@ def _layer(
 ) -> LayerSummary:
     call = _Calls() if calls is None else calls.get(id(module), _Calls())
     counted = calls is not None
-    binary = isinstance(module, BinaryConv) and _is_one_bit(module)
-    link = module.link if isinstance(module, BinaryConv) else None
+    binary = isinstance(module, BinaryLayer) and _is_one_bit(module)
+    link = module.link if isinstance(module, BinaryLayer) else None
     stored = sum(map(_bytes, (*module.parameters(), *module.buffers())))
     kinds = (link.kind, link.spatial_kind) if link is not None else ()
     return LayerSummary(
@@ -291,16 +291,16 @@ def _layer(
         binary_macs=(call.macs if binary else 0) if counted else None,
         link_macs=call.link_macs if counted else None,
         stored_bytes=stored,
-        packed_bytes=_packed_bytes(module, stored) if isinstance(module, BinaryConv) else stored,
+        packed_bytes=_packed_bytes(module, stored) if isinstance(module, BinaryLayer) else stored,
     )
 
 
-def _is_one_bit(layer: BinaryConv) -> bool:
+def _is_one_bit(layer: BinaryLayer) -> bool:
     return layer.recipe.input.binary and layer.recipe.weight.binary
 
 
-def _packed_bytes(module: BinaryConv, stored: int) -> int:
-    if not module.recipe.weight.binary:
+def _packed_bytes(module: BinaryLayer, stored: int) -> int:
+    if not module.recipe.weight.binary or not module.packs:
         return stored
     weight = module.weight
     scale = module.out_channels * weight.element_size()
@@ -314,10 +314,10 @@ def _bytes(tensor: Tensor) -> int:
 
 def layer_kind(module: nn.Module) -> str:
     """In the field's words: "conv 3x3", "depthwise 3x3", "grouped 3x3", "transposed 2x2", ..."""
-    if not isinstance(module, _ConvNd):
+    if not is_convolution(module):
         return "linear"
     size = "x".join(map(str, module.kernel_size))
-    if module.transposed:
+    if getattr(module, "transposed", False):
         return f"transposed {size}"
     if module.groups == 1:
         return f"conv {size}"

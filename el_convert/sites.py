@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from el_convert.facts import GraphFacts, name_of, tensor_inputs, visit
-from el_convert.tracing import trace_regions
+from el_convert.tracing import is_convolution, trace_regions
 
 _IMAGE_CHANNELS = 4  # a region's own input counts as the image up to RGBA
 
@@ -73,12 +73,12 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     for facts in graphs:
         for node in facts.position:
             module = facts.module(node)
-            if isinstance(module, _ConvNd):
+            if is_convolution(module):
                 calls.setdefault(id(module), []).append((facts, node))
     names: dict[int, list[str]] = {}
     convs: dict[int, _ConvNd] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, _ConvNd):
+        if is_convolution(module):
             names.setdefault(id(module), []).append(path)
             convs[id(module)] = module
     return tuple(_site(convs[key], names[key], calls.get(key, [])) for key in convs)
@@ -108,7 +108,7 @@ def producer(node: fx.Node) -> fx.Node:
 
 
 def _reads_image(facts: GraphFacts, node: fx.Node, conv: _ConvNd) -> bool:
-    if facts.region.path and conv.in_channels // conv.groups > _IMAGE_CHANNELS:
+    if facts.region.path and conv.in_channels > _IMAGE_CHANNELS:
         return False  # inside a region the input is usually a feature map
     reached = False
 

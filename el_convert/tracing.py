@@ -12,12 +12,17 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+# Convolutions that are none of torch's classes.
+_CONVOLUTION_CLASSES = {
+    "timm.layers.cond_conv2d.CondConv2d",
+    "el_convert.nn_timm.BinaryCondConv2d",
+}
 _PRIMITIVES = (bool, int, float, str, type(None))
 
 
@@ -58,7 +63,7 @@ class ConvTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if self._is_leaf is not None:
             return self._is_leaf(m)
-        return isinstance(m, _ConvNd) or id(m) not in self._holders
+        return is_convolution(m) or id(m) not in self._holders
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         self._holders = {id(m) for m in root.modules() if holds_convolution(m)}
@@ -92,9 +97,23 @@ class ConvTracer(fx.Tracer):
                 self.graph.erase_node(node)
 
 
+def dotted_name(kind: type) -> str:
+    """Module and name of a class, as in "timm.layers.std_conv.StdConv2d"."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def is_convolution(module: nn.Module | None) -> TypeGuard[_ConvNd]:
+    """Whether a module is a convolution: torch's, a subclass, or timm's CondConv2d.
+
+    The last has the attributes of torch's classes except `transposed`, `output_padding` and
+    `padding_mode`.
+    """
+    return isinstance(module, _ConvNd) or dotted_name(type(module)) in _CONVOLUTION_CLASSES
+
+
 def holds_convolution(module: nn.Module) -> bool:
     """Whether the module is a convolution or contains one."""
-    return any(isinstance(child, _ConvNd) for child in module.modules())
+    return any(is_convolution(child) for child in module.modules())
 
 
 def _plain_defaults(root: nn.Module) -> dict[str, Any]:
@@ -160,7 +179,7 @@ def _trace_from(pending: list[tuple[str, nn.Module]], seen: set[int]) -> Iterato
 
 
 def _trace_one(path: str, module: nn.Module) -> Region:
-    if isinstance(module, _ConvNd):
+    if is_convolution(module):
         return Region(path, module, None, {})
     tracer = ConvTracer()
     try:
@@ -183,7 +202,7 @@ def _topmost_unseen(model: nn.Module, seen: set[int]) -> list[tuple[str, nn.Modu
     """The largest modules all of whose convolutions were never called (auxiliary heads)."""
     found: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
-        convs = [m for m in module.modules() if isinstance(m, _ConvNd)]
+        convs = [m for m in module.modules() if is_convolution(m)]
         inside = any(path.startswith(f"{taken}.") for taken, _ in found)
         called = id(module) in seen or any(id(conv) in seen for conv in convs)
         if convs and not inside and not called:

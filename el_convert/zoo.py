@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from el_convert.catalog import LIBRARIES, LIST_MODELS, bare_names, model_names
 from el_convert.errors import ConversionError, ElConvertError, SourceError, UnknownNameError
+from el_convert.tracing import is_convolution
 
 _ALLOWED: dict[str, dict[str, type[int] | type[str] | type[float] | type[bool]]] = {
     "timm": {
@@ -209,7 +209,7 @@ def source_of(model: nn.Module) -> Source | None:
     if not type(model).__module__.startswith("timm.") or not isinstance(config, Mapping):
         return None
     name = config.get("architecture")
-    first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
+    first = next((m for m in model.modules() if is_convolution(m)), None)
     kwargs: dict[str, Any] = {}
     if isinstance(classes, int):
         kwargs["num_classes"] = classes

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import el_convert.nn as bnn
+from el_convert import nn_timm
 from el_convert.errors import ConversionError
 from el_convert.functional import binarize_ste, sign_surrogate
 from el_convert.recipes import RECIPES, Recipe
@@ -277,7 +278,7 @@ def test_standardized_weights_are_binarized(scaled: bool) -> None:
     std_conv = pytest.importorskip("timm.layers.std_conv", reason="needs timm")
     kind = std_conv.ScaledStdConv2d if scaled else std_conv.StdConv2d
     conv = kind(4, 6, 3, padding=1)
-    binary = bnn.BinaryScaledStdConv2d if scaled else bnn.BinaryStdConv2d
+    binary = nn_timm.BinaryScaledStdConv2d if scaled else nn_timm.BinaryStdConv2d
     input = torch.randn(2, 4, 5, 5)
     assert torch.equal(binary.from_float(conv, "identity")(input), conv(input))
 
