@@ -97,6 +97,29 @@ def _is_depthwise(site: Site) -> bool:
     return site.conv.groups > 1 and site.conv.groups == site.conv.in_channels
 
 
+# Models whose forward does not trace say by these classes where their output comes from.
+_PREDICTION_HEADS = {
+    *(
+        f"torchvision.models.detection.{name}"
+        for name in (
+            "rpn.RPNHead",
+            "retinanet.RetinaNetClassificationHead",
+            "retinanet.RetinaNetRegressionHead",
+            "fcos.FCOSClassificationHead",
+            "fcos.FCOSRegressionHead",
+            "ssd.SSDClassificationHead",
+            "ssd.SSDRegressionHead",
+            "ssdlite.SSDLiteClassificationHead",
+            "ssdlite.SSDLiteRegressionHead",
+            "mask_rcnn.MaskRCNNPredictor",
+            "keypoint_rcnn.KeypointRCNNPredictor",
+        )
+    ),
+    "torchvision.models.optical_flow.raft.FlowHead",
+    "torchvision.models.optical_flow.raft.MaskPredictor",
+}
+
+
 def _row(name: str, kind: type | str, build: Builder, reason: str) -> Pattern:
     return Pattern(name, exactly(kind), "binarize", reason, build)
 
@@ -129,6 +152,13 @@ PATTERNS: list[Pattern] = [
         lambda site: site.feeds_output,
         "keep",
         "its result is the model's output",
+        option="keep.output",
+    ),
+    Pattern(
+        "prediction-head",
+        lambda site: site.ends_region and not _PREDICTION_HEADS.isdisjoint(site.owners),
+        "keep",
+        "its result is a prediction: boxes, scores, masks or flow",
         option="keep.output",
     ),
     Pattern(

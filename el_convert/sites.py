@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from el_convert.facts import GraphFacts, name_of, tensor_inputs, visit
-from el_convert.tracing import is_convolution, trace_regions
+from el_convert.facts import ACTIVATION_NAMES, GraphFacts, name_of, tensor_inputs, visit
+from el_convert.tracing import dotted_name, is_convolution, trace_regions
 
 _IMAGE_CHANNELS = 4  # a region's own input counts as the image up to RGBA
 
@@ -29,6 +29,9 @@ class Site:
         single_pixel: whether it only ever works on maps of one pixel.
         on_shortcut: whether it is the projection on a residual shortcut.
         nonnegative_input: whether its input cannot be below 0.
+        ends_region: whether its result leaves the part of the model that could be traced with no
+            layer or activation behind it; true where no graph holds it.
+        owners: dotted class names of the modules it is in, outermost first.
     """
 
     path: str
@@ -40,6 +43,8 @@ class Site:
     single_pixel: bool = False
     on_shortcut: bool = False
     nonnegative_input: bool = False
+    ends_region: bool = False
+    owners: tuple[str, ...] = ()
 
     @property
     def calls(self) -> int:
@@ -81,21 +86,45 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
         if is_convolution(module):
             names.setdefault(id(module), []).append(path)
             convs[id(module)] = module
-    return tuple(_site(convs[key], names[key], calls.get(key, [])) for key in convs)
+    return tuple(
+        _site(convs[key], names[key], calls.get(key, []), _owners(model, names[key][0]))
+        for key in convs
+    )
 
 
-def _site(conv: _ConvNd, names: list[str], calls: list[tuple[GraphFacts, fx.Node]]) -> Site:
+def _owners(model: nn.Module, path: str) -> tuple[str, ...]:
+    parts = path.split(".")[:-1]
+    modules = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
+    return tuple(dotted_name(type(module)) for module in modules)
+
+
+def _site(
+    conv: _ConvNd,
+    names: list[str],
+    calls: list[tuple[GraphFacts, fx.Node]],
+    owners: tuple[str, ...],
+) -> Site:
     path, *aliases = names
     if not calls:
         alone = not path  # the model is this convolution
-        return Site(path, tuple(aliases), conv, reads_image=alone, feeds_output=alone)
+        return Site(
+            path,
+            tuple(aliases),
+            conv,
+            reads_image=alone,
+            feeds_output=alone,
+            ends_region=True,
+            owners=owners,
+        )
     return Site(
         path,
         tuple(aliases),
         conv,
         tuple(calls),
         reads_image=any(_reads_image(f, n, conv) for f, n in calls),
-        feeds_output=any(_feeds_output(f, n) for f, n in calls),
+        feeds_output=any(not f.region.path and _reaches_output(f, n) for f, n in calls),
+        ends_region=any(_reaches_output(f, n, through_activations=False) for f, n in calls),
+        owners=owners,
         single_pixel=all(f.of[producer(n)].pooled for f, n in calls),
         on_shortcut=any(_on_shortcut(f, n) for f, n in calls),
         nonnegative_input=all(f.of[producer(n)].nonnegative for f, n in calls),
@@ -121,10 +150,8 @@ def _reads_image(facts: GraphFacts, node: fx.Node, conv: _ConvNd) -> bool:
     return reached
 
 
-def _feeds_output(facts: GraphFacts, conv: fx.Node) -> bool:
+def _reaches_output(facts: GraphFacts, conv: fx.Node, *, through_activations: bool = True) -> bool:
     """Follow the result forward through parameter-free operations, but not around a residual."""
-    if facts.region.path:
-        return False  # a region's output is rarely the model's
     carried = {conv}
     # In graph order, so that all of a node's inputs are settled before it is.
     heap = [(facts.position[user], user) for user in conv.users]
@@ -133,6 +160,9 @@ def _feeds_output(facts: GraphFacts, conv: fx.Node) -> bool:
         _, node = heapq.heappop(heap)
         if node.op == "output":
             return True
+        active = node in facts.activations or name_of(node) in ACTIVATION_NAMES
+        if active and not through_activations:
+            continue
         if node not in carried and _passes_on(facts, conv, node, carried):
             carried.add(node)
             for user in node.users:

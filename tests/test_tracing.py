@@ -208,3 +208,22 @@ def test_headless_features_do_not_feed_the_output() -> None:
     for name in ("resnet18", "nf_resnet26", "mobilenetv1_100"):
         model = timm.create_model(name, num_classes=0)
         assert not any(site.feeds_output for site in find_sites(model)), name
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("fcos_resnet50_fpn", 3),
+        ("ssdlite320_mobilenet_v3_large", 12),
+        ("maskrcnn_resnet50_fpn", 3),
+        ("raft_small", 1),
+    ],
+)
+def test_predictions_of_models_that_do_not_trace(name: str, heads: int) -> None:
+    from zoo_sweep import build
+
+    from el_convert.planning import plan
+
+    kept = [d.path for d in plan(build(f"torchvision/{name}")) if d.pattern == "prediction-head"]
+    assert len(kept) == heads
+    assert all("head" in path or "predictor" in path for path in kept)
