@@ -6,6 +6,8 @@ import fnmatch
 import importlib.metadata
 import os
 from collections.abc import Iterable
+from functools import cache
+from importlib import resources
 from pathlib import Path
 
 from el_convert.atomic import replace_file
@@ -61,6 +63,20 @@ def _list_names() -> list[str]:
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@cache
+def snapshot_counts() -> dict[str, tuple[int, int]]:
+    """(binarized, all convolutions) by "library/name", with the default recipe, as recorded.
+
+    Models newer than the record are missing.
+    """
+    text = resources.files("el_convert").joinpath("zoo_snapshot.tsv").read_text(encoding="utf-8")
+    rows = [line.split("\t") for line in text.splitlines() if not line.startswith("#")]
+    columns = rows[0]
+    names = [columns.index(name) for name in ("library", "model", "binarized", "convolutions")]
+    picked = [[row[index] for index in names] for row in rows[1:]]
+    return {f"{lib}/{model}": (int(done), int(total)) for lib, model, done, total in picked}
 
 
 def bare_names() -> list[str]:

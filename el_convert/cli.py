@@ -233,15 +233,25 @@ def _show(summary: Summary, as_json: bool, extra: dict[str, Any]) -> None:
 @main.command()
 @click.argument("glob", default="*", shell_complete=_complete_model)
 def models(glob: str) -> None:
-    """List the models whose name matches GLOB."""
+    """List the models whose name matches GLOB, and how many convolutions would be binarized.
+
+    In a terminal "52 of 53"; piped, tab-separated: name, binarized, convolutions.
+    """
     with _step("listing models"):
-        from el_convert.catalog import LIST_MODELS, bare_names, model_names
+        from el_convert.catalog import LIST_MODELS, bare_names, model_names, snapshot_counts
 
         names = model_names(glob)
     if not names:
         with _errors():
             raise UnknownNameError("model", glob, bare_names(), LIST_MODELS)
-    click.echo("\n".join(names))
+    counts = snapshot_counts()
+    wide = sys.stdout.isatty()
+    for name in names:
+        binarized, total = map(str, counts.get(name, ("?", "?")))
+        line = (
+            f"{name:<56} {binarized:>4} of {total:>4}" if wide else f"{name}\t{binarized}\t{total}"
+        )
+        click.echo(line)
 
 
 @main.command()

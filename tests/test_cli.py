@@ -167,7 +167,7 @@ def test_num_classes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("glob", ["test_res*", "timm/test_vit*", "torchvision/vgg1?", "resnet18"])
 def test_models_lists_what_matches(glob: str) -> None:
-    listed = succeed("models", glob).stdout.splitlines()
+    listed = [line.split("\t")[0] for line in succeed("models", glob).stdout.splitlines()]
     assert listed == sorted(listed)
     assert listed
     for name in listed:
@@ -175,9 +175,18 @@ def test_models_lists_what_matches(glob: str) -> None:
 
 
 def test_models_lists_both_libraries() -> None:
-    listed = succeed("models").stdout.splitlines()
+    listed = [line.split("\t")[0] for line in succeed("models").stdout.splitlines()]
     assert {"timm/resnet18", "torchvision/resnet18", "torchvision/squeezenet1_1"} <= set(listed)
     assert len(listed) > 1000
+
+
+def test_models_says_how_many_would_be_binarized() -> None:
+    (line,) = (
+        line
+        for line in succeed("models", "timm/resnet50").stdout.splitlines()
+        if line.startswith("timm/resnet50\t")
+    )
+    assert line == "timm/resnet50\t52\t53"
 
 
 def test_models_that_do_not_exist() -> None:

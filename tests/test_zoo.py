@@ -6,9 +6,10 @@ By default one model of every class; `pytest -m zoo` takes them all.
 from __future__ import annotations
 
 import importlib.metadata
+from pathlib import Path
 
 import pytest
-from zoo_sweep import SNAPSHOT, Row, examine, header, read
+from zoo_sweep import SNAPSHOT, Row, coverage, examine, header, read
 
 ROWS = read(SNAPSHOT)
 SAME_ZOO = SNAPSHOT.read_text(encoding="utf-8").splitlines()[0] == header()[0]
@@ -61,3 +62,8 @@ def test_nearly_all_that_could_be_is_binarized() -> None:
         parts = [part.split(":") for part in row.kept.split(",") if part]
         odd += sum(int(count) for pattern, count in parts if pattern not in expected)
     assert odd <= 0.005 * (binarized + odd)
+
+
+def test_the_readme_has_the_coverage_table() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert coverage(ROWS) in readme

@@ -1,8 +1,9 @@
 """Plan every model of timm and torchvision and write what comes out, one line each.
 
-    python -m tests.zoo_sweep                      all models, to tests/zoo_snapshot.tsv
+    python -m tests.zoo_sweep                      all models, to el_convert/zoo_snapshot.tsv
     python -m tests.zoo_sweep --shard 1/2          every second model, to a part of its own
     python -m tests.zoo_sweep --merge 2            parts 1 and 2 to the snapshot
+    python -m tests.zoo_sweep --table              the README's coverage table, from the snapshot
     python -m tests.zoo_sweep 'timm/resnet*' --out /dev/stdout
 
 Models are built on the meta device where they can be, so weights take no memory. A run that was
@@ -15,6 +16,7 @@ import argparse
 import importlib.metadata
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -22,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import el_convert
 from el_convert.atomic import replace_file
 from el_convert.catalog import model_names
 from el_convert.errors import ConversionError
@@ -29,7 +32,7 @@ from el_convert.planning import Conversion, plan_sites
 from el_convert.sites import Site, find_sites
 from el_convert.zoo import create, find_source
 
-SNAPSHOT = Path(__file__).with_name("zoo_snapshot.tsv")
+SNAPSHOT = Path(el_convert.__file__).with_name("zoo_snapshot.tsv")
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,32 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def coverage(rows: list[Row]) -> str:
+    """The README's coverage table, as Markdown."""
+    lines = [
+        "| library | models | with something to binarize | convolutions | binarized | kept |",
+        "|---|--:|--:|--:|--:|---|",
+    ]
+    for library in ("timm", "torchvision"):
+        part = [row for row in rows if row.library == library]
+        kept: Counter[str] = Counter()
+        for row in part:
+            pairs = (item.split(":") for item in row.kept.split(",") if item)
+            kept.update({pattern: int(count) for pattern, count in pairs})
+        cells = (
+            library,
+            f"{len(part):,}",
+            f"{sum(row.binarized > 0 for row in part):,}",
+            f"{sum(row.convolutions for row in part):,}",
+            f"{sum(row.binarized for row in part):,}",
+            ", ".join(f"{count:,} {pattern}" for pattern, count in kept.most_common()),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def part_path(index: int, count: int) -> Path:
-    return SNAPSHOT.with_name(f"zoo_snapshot.part-{index}-of-{count}.tsv")
+    return Path(__file__).with_name(f"zoo_snapshot.part-{index}-of-{count}.tsv")
 
 
 def sweep(names: list[str], path: Path) -> Iterator[Row]:
@@ -162,7 +189,11 @@ def main() -> None:
     parser.add_argument("--shard", default="1/1", help="I/N: part I of N")
     parser.add_argument("--merge", type=int, metavar="N", help="join N parts to the snapshot")
     parser.add_argument("--out", type=Path, help="write there instead")
+    parser.add_argument("--table", action="store_true", help="print the README's coverage table")
     options = parser.parse_args()
+    if options.table:
+        print(coverage(read(SNAPSHOT)))
+        return
     index, count = map(int, options.shard.split("/"))
     if options.merge:
         parts = [part_path(i + 1, options.merge) for i in range(options.merge)]
