@@ -15,7 +15,7 @@ from el_convert.link import ElasticLink
 from el_convert.nn import BinaryLayer
 from el_convert.planning import plan_conversion
 from el_convert.recipes import Recipe
-from el_convert.tracing import ConvTracer, holds_convolution, is_convolution
+from el_convert.tracing import ConvTracer, holds_convolution, is_convolution, structure_copy
 
 
 def to_graph(model: nn.Module) -> fx.GraphModule:
@@ -39,7 +39,7 @@ def to_graph(model: nn.Module) -> fx.GraphModule:
         >>> [str(node.target) for node in to_graph(model).graph.nodes if "link" in node.name]
         ['0.link']
     """
-    part = _trace(model)
+    part = _trace(structure_copy(model))
     if isinstance(part, str):
         raise ConversionError(
             f"the forward of {type(model).__name__} does not trace ({part}): "

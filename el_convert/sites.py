@@ -5,12 +5,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from el_convert.facts import ACTIVATION_NAMES, GraphFacts, name_of, tensor_inputs, visit
-from el_convert.tracing import dotted_name, is_convolution, trace_regions
+from el_convert.tracing import dotted_name, is_convolution, structure_copy, trace_regions
 
 _IMAGE_CHANNELS = 4  # a region's own input counts as the image up to RGBA
 
@@ -73,7 +74,8 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     Args:
         model: any module; left as it was.
     """
-    graphs = [GraphFacts(region) for region in trace_regions(model) if region.graph is not None]
+    twin = structure_copy(model)
+    graphs = [GraphFacts(region) for region in trace_regions(twin) if region.graph is not None]
     calls: dict[int, list[tuple[GraphFacts, fx.Node]]] = {}
     for facts in graphs:
         for node in facts.position:
@@ -81,14 +83,12 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
             if is_convolution(module):
                 calls.setdefault(id(module), []).append((facts, node))
     names: dict[int, list[str]] = {}
-    convs: dict[int, _ConvNd] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in twin.named_modules(remove_duplicate=False):
         if is_convolution(module):
             names.setdefault(id(module), []).append(path)
-            convs[id(module)] = module
     return tuple(
-        _site(convs[key], names[key], calls.get(key, []), _owners(model, names[key][0]))
-        for key in convs
+        _site(model.get_submodule(paths[0]), paths, calls.get(key, []), _owners(model, paths[0]))
+        for key, paths in names.items()
     )
 
 
@@ -99,7 +99,7 @@ def _owners(model: nn.Module, path: str) -> tuple[str, ...]:
 
 
 def _site(
-    conv: _ConvNd,
+    conv: Any,
     names: list[str],
     calls: list[tuple[GraphFacts, fx.Node]],
     owners: tuple[str, ...],

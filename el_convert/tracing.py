@@ -8,6 +8,7 @@ so every convolution of every model is found. Knows torch.fx and nothing of bina
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -139,6 +140,25 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def structure_copy(model: nn.Module) -> nn.Module:
+    """A deep copy that shares every tensor: forwards may store proxies in it.
+
+    Returns:
+        The copy; the model itself where something in it refuses to be copied.
+    """
+    tensors = (value for module in model.modules() for value in _tensors_of(module))
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception:  # any attribute may refuse; the model then serves as its own copy
+        return model
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Any]:
+    own = (module._parameters, module._buffers, vars(module))
+    yield from (value for part in own for value in part.values() if isinstance(value, torch.Tensor))
 
 
 def trace_regions(model: nn.Module) -> list[Region]:

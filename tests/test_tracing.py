@@ -227,3 +227,26 @@ def test_predictions_of_models_that_do_not_trace(name: str, heads: int) -> None:
     kept = [d.path for d in plan(build(f"torchvision/{name}")) if d.pattern == "prediction-head"]
     assert len(kept) == heads
     assert all("head" in path or "predictor" in path for path in kept)
+
+
+class Remembers(nn.Module):
+    """Stores what passes through it, as feature extractors and caches do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(3), conv()
+        self.seen: dict[Any, Any] = {}
+        self.last: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.a(x)
+        self.seen[x.device] = self.last
+        return self.b(self.last)
+
+
+def test_what_a_forward_stores_stays_out_of_the_model() -> None:
+    model = Remembers()
+    sites = find_sites(model)
+    assert model.seen == {}
+    assert model.last is None
+    assert [site.conv for site in sites] == [model.a, model.b]
