@@ -6,6 +6,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def _rebuild_problem(model: nn.Module, header: Header, source: Source) -> str:
         return str(error)
     problem = _state_problem(_shapes(twin.state_dict()), _shapes(model.state_dict()))
     # Options that leave no parameter (pooling, activations, dropout) show elsewhere.
-    lines = zip(_lines(twin), _lines(model), strict=False)
+    lines = zip_longest(_lines(twin), _lines(model), fillvalue="nothing")
     differing = next((f"{a} became {b}" for a, b in lines if a != b), "")
     return problem or differing or _changed_option(twin, model)
 

@@ -382,3 +382,14 @@ def test_a_pt_file_holds_shared_tensors_once(tmp_path: Path) -> None:
     tensors = sum(value.nbytes for value in model.parameters())
     save(model, tmp_path / "bnn.pt")
     assert tensors < (tmp_path / "bnn.pt").stat().st_size < 1.2 * tensors
+
+
+def test_a_last_module_taken_away_is_not_lost_silently(tmp_path: Path) -> None:
+    model: Any = binarize(torchvision.models.squeezenet1_1(num_classes=4))
+    del model.classifier[3]  # the last one, and without parameters
+    with pytest.raises(CheckpointError, match=r"AdaptiveAvgPool2d.* became nothing"):
+        save(
+            model,
+            tmp_path / "bnn.pt",
+            source=Source("torchvision", "squeezenet1_1", {"num_classes": 4}),
+        )
