@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -14,7 +14,7 @@ from el_convert.activations import build_activation
 from el_convert.errors import ConversionError
 from el_convert.nn import BinaryLayer
 from el_convert.patterns import find_pattern
-from el_convert.planning import Conversion, plan_conversion, unexpected_keeps
+from el_convert.planning import Conversion, Decision, plan_conversion, unexpected_keeps
 from el_convert.recipes import Recipe
 
 _RECORD = "el_convert_conversion"
@@ -63,10 +63,10 @@ def binarize(
     _refuse_empty(model, conversion)
     odd = unexpected_keeps(conversion)
     if odd:
-        named = "; ".join(f"{d.path}: {d.reason}" for d in odd[:3])
-        more = f"; and {len(odd) - 3} more" if len(odd) > 3 else ""
         warnings.warn(
-            f"{len(odd)} convolutions were kept in float. {named}{more}", UserWarning, stacklevel=2
+            f"{len(odd)} convolutions were kept in float. {_some_reasons(odd)}",
+            UserWarning,
+            stacklevel=2,
         )
     return apply(model if inplace else copy_model(model), conversion)
 
@@ -142,15 +142,16 @@ def _refuse_empty(model: nn.Module, conversion: Conversion) -> None:
     name = type(model).__name__
     if not conversion.decisions:
         raise ConversionError(f"{name} has no convolution: there is nothing to binarize")
-    reasons = "; ".join(_first(f"{d.path}: {d.reason}" for d in conversion.kept))
+    kept = conversion.kept
     raise ConversionError(
-        f"{name} has no convolution to binarize: all {len(conversion.kept)} are kept ({reasons})"
+        f"{name} has no convolution to binarize: all {len(kept)} are kept ({_some_reasons(kept)})"
     )
 
 
-def _first(lines: Iterable[str], count: int = 3) -> list[str]:
-    lines = list(lines)
-    return lines[:count] + ([f"and {len(lines) - count} more"] if len(lines) > count else [])
+def _some_reasons(decisions: Sequence[Decision], count: int = 3) -> str:
+    named = [f"{decision.path}: {decision.reason}" for decision in decisions[:count]]
+    more = [f"and {len(decisions) - count} more"] if len(decisions) > count else []
+    return "; ".join(named + more)
 
 
 def conversion_of(model: nn.Module) -> Conversion:

@@ -46,6 +46,11 @@ class UnknownNameError(ElConvertError, LookupError):
         super().__init__(f"unknown {kind} {name!r}" + (f"; {advice}" if advice else ""))
 
 
+def first_line(error: BaseException) -> str:
+    """An error's type and the first line of what it says, as in "TypeError: 'Proxy' object ..."."""
+    return f"{type(error).__name__}: {error}".split("\n")[0]
+
+
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> tuple[str, ...]:
     """The up to `count` names most like `name`, best first."""
     candidates = sorted(set(known))

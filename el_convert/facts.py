@@ -93,7 +93,7 @@ class GraphFacts:
         """Whether a node applies learned weights across channels (convolution, linear, ...)."""
         module = self.module(node)
         if module is not None:
-            return holds_convolution(module) or any(p.dim() > 1 for p in module.parameters())
+            return _mixes_channels(module)
         return name_of(node) in ("linear", "conv1d", "conv2d", "conv3d", "bilinear")
 
     def _gather(self, node: fx.Node) -> NodeFacts:
@@ -112,6 +112,10 @@ class GraphFacts:
         facts.nonnegative = _is_nonnegative(node, module, final, known)
         facts.channels = _channels(node, module, known)
         return facts
+
+
+def _mixes_channels(module: nn.Module) -> bool:
+    return holds_convolution(module) or any(p.dim() > 1 for p in module.parameters())
 
 
 def name_of(node: fx.Node) -> str:
@@ -205,8 +209,11 @@ def _channels(node: fx.Node, module: nn.Module | None, inputs: list[NodeFacts]) 
         return module.out_channels
     first = next((fact.channels for fact in inputs if fact.channels), None)
     if module is not None:
-        mixing = holds_convolution(module) or any(p.dim() > 1 for p in module.parameters())
-        return None if mixing or type(module).__name__ in ("Flatten", "PixelShuffle") else first
+        return (
+            None
+            if _mixes_channels(module) or type(module).__name__ in ("Flatten", "PixelShuffle")
+            else first
+        )
     name = name_of(node)
     if name == "cat" and _argument(node, 1, "dim") == 1:
         parts = [fact.channels for fact in inputs]

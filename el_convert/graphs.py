@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from el_convert.convert import apply
-from el_convert.errors import ConversionError
+from el_convert.errors import ConversionError, first_line
 from el_convert.link import ElasticLink
 from el_convert.nn import BinaryLayer
 from el_convert.planning import plan_conversion
@@ -61,7 +61,7 @@ def _trace(module: nn.Module) -> fx.GraphModule | str:
     try:
         graph = tracer.trace(module)
     except Exception as error:  # whatever a forward raises on proxies; the caller reports it
-        return f"{type(error).__name__}: {error}".split("\n")[0]
+        return first_line(error)
     result = fx.GraphModule(module, graph, type(module).__name__)
     result.train(module.training)
     for path in tracer.opened:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -186,11 +185,6 @@ def _refuse_unconvertible(model: nn.Module) -> None:
             raise ConversionError(
                 f"{where} is lazy and has no weights yet: run one forward, then binarize"
             )
-
-
-def conversion_counts(conversion: Conversion) -> Counter[str]:
-    """How many convolutions each row of the table decided."""
-    return Counter(decision.pattern for decision in conversion.decisions)
 
 
 def unexpected_keeps(conversion: Conversion) -> tuple[Decision, ...]:

@@ -19,6 +19,8 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from el_convert.errors import first_line
+
 # Convolutions that are none of torch's classes.
 _CONVOLUTION_CLASSES = {
     "timm.layers.cond_conv2d.CondConv2d",
@@ -87,7 +89,7 @@ class ConvTracer(fx.Tracer):
             self.module_stack = stack
             self._forget_since(last)
             path = self.path_of_module(m)
-            self.opened[path] = f"{type(error).__name__}: {error}".split("\n")[0]
+            self.opened[path] = first_line(error)
             return self.create_proxy("call_module", path, args, kwargs)
 
     def _forget_since(self, last: fx.Node | None) -> None:
@@ -205,8 +207,7 @@ def _trace_one(path: str, module: nn.Module) -> Region:
     try:
         graph = tracer.trace(module)
     except Exception as error:  # the region's own forward does not trace: recorded, then opened
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        return Region(path, module, None, {path: reason})
+        return Region(path, module, None, {path: first_line(error)})
     opened = {join(path, name): reason for name, reason in tracer.opened.items()}
     return Region(path, module, graph, opened)
 

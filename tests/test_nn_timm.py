@@ -14,14 +14,13 @@ from timm.layers.padding import pad_same as timm_pad_same
 from torch import Tensor, nn
 from torchvision.models.video.resnet import Conv3DNoTemporal, Conv3DSimple
 
-from el_convert.convert import binarize
+from el_convert.convert import binarize, conversion_of
 from el_convert.errors import ConversionError
 from el_convert.functional import pad_same
 from el_convert.graphs import link_nodes, to_graph
 from el_convert.nn import BinaryConv2d, BinaryConv3d, BinaryLayer
 from el_convert.nn_timm import BinaryCondConv2d, BinaryConv2dSame, BinaryStdConv2d
 from el_convert.patterns import first_match
-from el_convert.planning import conversion_counts
 from el_convert.recipes import RECIPES
 from el_convert.sites import Site
 from el_convert.zoo import create, find_source
@@ -176,7 +175,8 @@ def test_models_that_use_them(name: str, pattern: str, count: int, side: int) ->
     with torch.no_grad():
         assert torch.equal(binarize(model, "identity")(input), model(input))
     binary = binarize(model)
-    assert conversion_counts(binary.el_convert_conversion)[pattern] == count
+    decisions = conversion_of(binary).decisions
+    assert sum(decision.pattern == pattern for decision in decisions) == count
     with torch.no_grad():
         assert torch.equal(to_graph(binary)(input), first_tensor(binary(input)))
     layers = sum(isinstance(m, BinaryLayer) for m in binary.modules())

@@ -106,9 +106,7 @@ def examine(name: str) -> Row:
 def summarized(
     name: str, model: nn.Module, sites: Iterable[Site], conversion: Conversion, took: float
 ) -> Row:
-    counts: dict[str, int] = {}
-    for decision in conversion.kept:
-        counts[decision.pattern] = counts.get(decision.pattern, 0) + 1
+    counts = Counter(decision.pattern for decision in conversion.kept)
     library, _, bare_name = name.partition("/")
     return Row(
         library,
