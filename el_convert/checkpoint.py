@@ -116,7 +116,7 @@ def _rebuild_problem(model: nn.Module, header: Header, source: Source) -> str:
     """Why the header would not give this model again; "" when it does."""
     try:
         twin = _skeleton(source, header.dtype)
-        _replay(twin, header)
+        twin = _replay(twin, header)
     except ElConvertError as error:
         return str(error)
     problem = _state_problem(_shapes(twin.state_dict()), _shapes(model.state_dict()))
@@ -200,7 +200,7 @@ def load(
     try:
         # A copy: a refusal must leave the user's model alone.
         twin = _checked_skeleton(header, state) if model is None else copy_model(model)
-        _replay(twin, header)
+        twin = _replay(twin, header)
     except ElConvertError as error:
         raise CheckpointError(f"{path}: {error}") from error
     own = twin.state_dict()
@@ -280,7 +280,7 @@ def _checked_skeleton(header: Header, state: Mapping[str, Tensor]) -> nn.Module:
     return _skeleton(header.source, header.dtype)
 
 
-def _replay(model: nn.Module, header: Header) -> None:
+def _replay(model: nn.Module, header: Header) -> nn.Module:
     """Check the plan against the skeleton, then apply it. Never matches anew."""
     modules = dict(model.named_modules(remove_duplicate=False))
     present = [path for path, module in model.named_modules() if is_convolution(module)]
@@ -302,7 +302,7 @@ def _replay(model: nn.Module, header: Header) -> None:
     odd = sorted({d.path for d in header.conversion.decisions} ^ set(present))
     if odd:
         raise CheckpointError(f"the file and {_kind(model)} do not have the same layers: {odd[0]}")
-    apply(model, header.conversion)
+    return apply(model, header.conversion)
 
 
 def _kind(model: nn.Module) -> str:

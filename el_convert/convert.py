@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import types
 import warnings
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -14,8 +15,15 @@ from el_convert.activations import build_activation
 from el_convert.errors import ConversionError
 from el_convert.nn import BinaryLayer
 from el_convert.patterns import find_pattern
-from el_convert.planning import Conversion, Decision, plan_conversion, unexpected_keeps
+from el_convert.planning import (
+    Conversion,
+    Decision,
+    functional_notice,
+    plan_conversion,
+    unexpected_keeps,
+)
 from el_convert.recipes import Recipe
+from el_convert.tracing import is_convolution
 
 _RECORD = "el_convert_conversion"
 
@@ -51,7 +59,8 @@ def binarize(
         UnknownNameError: an unknown recipe, or a glob that matches no convolution.
 
     Warns:
-        UserWarning: convolutions were kept for a reason you may not expect, such as hooks.
+        UserWarning: convolutions were kept for a reason you may not expect, such as hooks, or are
+            calls of F.conv2d and the like in a forward, which is named with its line.
 
     Example:
         >>> import timm
@@ -61,14 +70,23 @@ def binarize(
     """
     conversion = plan_conversion(model, recipe, keep=keep)
     _refuse_empty(model, conversion)
+    if inplace and is_convolution(model):
+        raise ConversionError(
+            f"{type(model).__name__} is itself what would be replaced: leave inplace out and use "
+            "the layer that binarize returns"
+        )
+    target = model if inplace else copy_model(model)
     odd = unexpected_keeps(conversion)
     if odd:
         warnings.warn(
-            f"{len(odd)} convolutions were kept in float. {_some_reasons(odd)}",
+            f"{len(odd)} of {len(conversion.decisions)} convolutions kept in float: "
+            f"{_some_reasons(odd)}",
             UserWarning,
             stacklevel=2,
         )
-    return apply(model if inplace else copy_model(model), conversion)
+    if conversion.functional:
+        warnings.warn(functional_notice(conversion.functional), UserWarning, stacklevel=2)
+    return apply(target, conversion)
 
 
 def copy_model(model: ModelT) -> ModelT:
@@ -83,8 +101,8 @@ def copy_model(model: ModelT) -> ModelT:
         return copy.deepcopy(model)
     except Exception as error:  # any attribute may refuse; computed weights do
         raise ConversionError(
-            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}): "
-            "remove weight_norm or pruning first, or pass inplace=True"
+            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}): remove "
+            "weight_norm, pruning or stored activations first, or pass inplace=True"
         ) from error
 
 
@@ -116,6 +134,8 @@ def apply(model: ModelT, conversion: Conversion) -> ModelT:
             layer = build_activation(change, slope, like)
             new[id(modules[change.path])] = layer.train(modules[change.path].training)
     _swap(modules, new)
+    for module in dict.fromkeys(modules.values()):
+        vars(module).update(_with_new(vars(module), new))
     root = cast(ModelT, new.get(id(model), model))  # a convolution may be the model itself
     setattr(root, _RECORD, conversion)
     return root
@@ -136,10 +156,30 @@ def _swap(modules: dict[str, nn.Module], new: dict[int, nn.Module]) -> None:
             setattr(modules[parent], name, new[id(module)])
 
 
+def _with_new(value: Any, new: dict[int, nn.Module]) -> Any:
+    """The value with replaced modules exchanged in plain containers, in place where that can be.
+
+    Some models hold a layer in a list too, or its bound forward, and call it through that.
+    """
+    if isinstance(value, nn.Module):
+        return new.get(id(value), value)
+    if isinstance(value, types.MethodType) and id(value.__self__) in new:
+        return getattr(new[id(value.__self__)], value.__name__)
+    if type(value) is dict:
+        value.update({key: _with_new(part, new) for key, part in value.items()})
+    elif type(value) is list:
+        value[:] = [_with_new(part, new) for part in value]
+    elif type(value) is tuple:
+        return tuple(_with_new(part, new) for part in value)
+    return value
+
+
 def _refuse_empty(model: nn.Module, conversion: Conversion) -> None:
     if conversion.binarized:
         return
     name = type(model).__name__
+    if conversion.functional and not conversion.decisions:
+        raise ConversionError(f"{name}: {functional_notice(conversion.functional)}")
     if not conversion.decisions:
         raise ConversionError(f"{name} has no convolution: there is nothing to binarize")
     kept = conversion.kept

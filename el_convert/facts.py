@@ -14,7 +14,8 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from el_convert.tracing import Region, holds_convolution, is_convolution
+from el_convert.calls import has_learned_weight
+from el_convert.tracing import CONVOLUTION_FUNCTIONS, Region, holds_convolution, is_convolution
 
 RELU_FAMILY = (nn.ReLU, nn.ReLU6)
 _NON_NEGATIVE_MODULES = (*RELU_FAMILY, nn.Sigmoid, nn.Softmax, nn.Hardsigmoid, nn.Softplus)
@@ -27,6 +28,7 @@ _SHAPE_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "is_cuda", "requires_gr
 _SHAPE_METHODS = {"size", "dim", "numel", "new_zeros", "new_ones", "new_empty", "new_full"}
 _SPATIAL_DIMS = ({2, 3}, {-2, -1}, {2, 3, 4}, {-3, -2, -1})
 _GLOBAL_POOLS = ("AdaptiveAvgPool", "AdaptiveMaxPool", "SelectAdaptivePool")
+_MIXING_NAMES = CONVOLUTION_FUNCTIONS | {"linear"}
 _SPREADING = {"interpolate", "upsample", "expand", "expand_as", "repeat", "matmul", "bmm", "einsum"}
 # What keeps both the sign pattern's origin and the channels: walked through towards activations.
 _SAME_CHANNELS_NAMES = {
@@ -94,7 +96,8 @@ class GraphFacts:
         module = self.module(node)
         if module is not None:
             return _mixes_channels(module)
-        return name_of(node) in ("linear", "conv1d", "conv2d", "conv3d", "bilinear")
+        function = name_of(node) in _MIXING_NAMES
+        return function and has_learned_weight(self.region.module, node)
 
     def _gather(self, node: fx.Node) -> NodeFacts:
         inputs = tensor_inputs(node)
@@ -127,11 +130,14 @@ def name_of(node: fx.Node) -> str:
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     """The values a node computes from; none for nodes that only read a shape or a dtype."""
+    return [] if reads_shape(node) else list(node.all_input_nodes)
+
+
+def reads_shape(node: fx.Node) -> bool:
+    """Whether a node reads no values, only a shape, a dtype or a device."""
     if node.op == "call_function" and name_of(node) == "getattr":
-        return [] if node.args[1] in _SHAPE_ATTRIBUTES else list(node.all_input_nodes)
-    if node.op == "call_method" and node.target in _SHAPE_METHODS:
-        return []
-    return list(node.all_input_nodes)
+        return node.args[1] in _SHAPE_ATTRIBUTES
+    return node.op == "call_method" and node.target in _SHAPE_METHODS
 
 
 def final_activation(path: str, module: nn.Module) -> tuple[str, nn.Module] | None:

@@ -15,14 +15,30 @@ from el_convert.link import ElasticLink
 from el_convert.nn import BinaryLayer
 from el_convert.planning import plan_conversion
 from el_convert.recipes import Recipe
-from el_convert.tracing import ConvTracer, holds_convolution, is_convolution, structure_copy
+from el_convert.tracing import (
+    ConvTracer,
+    holds_convolution,
+    is_convolution,
+    same_attributes,
+    structure_copy,
+)
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 def to_graph(model: nn.Module) -> fx.GraphModule:
     """The model as a GraphModule in which each gate is one `call_module` node.
 
     Binary convolutions are opened: their sign, convolution and scale are nodes too. Modules that
-    do not trace stay one node, their traceable children become GraphModules inside them.
+    do not trace, and those with hooks, stay one node; their traceable children become
+    GraphModules inside them. Contexts that a forward enters (autocast, no_grad, checkpointing)
+    are not in a graph of torch.fx.
 
     Args:
         model: usually a binarized model. The graph is that of its current mode (train or eval),
@@ -39,7 +55,9 @@ def to_graph(model: nn.Module) -> fx.GraphModule:
         >>> [str(node.target) for node in to_graph(model).graph.nodes if "link" in node.name]
         ['0.link']
     """
-    part = _trace(structure_copy(model))
+    twin = structure_copy(model)
+    with same_attributes(twin):
+        part = _trace(twin)
     if isinstance(part, str):
         raise ConversionError(
             f"the forward of {type(model).__name__} does not trace ({part}): "
@@ -57,12 +75,14 @@ def is_graph_leaf(module: nn.Module) -> bool:
 
 def _trace(module: nn.Module) -> fx.GraphModule | str:
     """A GraphModule, or why the forward does not trace."""
-    tracer = ConvTracer(is_graph_leaf)
+    tracer = ConvTracer(is_graph_leaf, keep_hooked=True)
     try:
         graph = tracer.trace(module)
     except Exception as error:  # whatever a forward raises on proxies; the caller reports it
         return first_line(error)
     result = fx.GraphModule(module, graph, type(module).__name__)
+    for name in _HOOKS:  # they run on the module's own values, as before
+        setattr(result, name, copy.copy(getattr(module, name)))
     result.train(module.training)
     for path in tracer.opened:
         result.set_submodule(path, _opened(module.get_submodule(path)))

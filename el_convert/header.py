@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from el_convert._version import __version__
 from el_convert.activations import REPLACEABLE, ActivationChange
+from el_convert.calls import FunctionalConv
 from el_convert.errors import CheckpointError, ElConvertError
 from el_convert.planning import Conversion, Decision
 from el_convert.recipes import Recipe
@@ -26,6 +27,7 @@ _FIELDS = {
     "format", "created_with", "source", "recipe", "packed", "dtype", "layers", "kept",
     "activations", "input",
 }  # fmt: skip
+_MAY_LACK = {"functional"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def geometry_of(conv: _ConvNd) -> list[Any]:
 def write_header(header: Header) -> str:
     """The header as a JSON string."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "timm")}
+    functional = [asdict(call) for call in header.conversion.functional]
     return json.dumps(
         {
             "format": FORMAT,
@@ -96,6 +99,7 @@ def write_header(header: Header) -> str:
             ],
             "activations": [asdict(change) for change in header.conversion.activations],
             "input": asdict(header.input),
+            **({"functional": functional} if functional else {}),
         }
     )
 
@@ -115,8 +119,8 @@ def parse_header(text: Any) -> Header:
             f"the file has format {number}, this el_convert {__version__} reads up to {FORMAT}: "
             "it was written by a newer el_convert, upgrade"
         )
-    if set(data) != _FIELDS:
-        odd = ", ".join(sorted(set(data) ^ _FIELDS))
+    if set(data) - _MAY_LACK != _FIELDS:
+        odd = ", ".join(sorted((set(data) - _MAY_LACK) ^ _FIELDS))
         raise CheckpointError(f"the file's header does not have the expected fields: {odd}")
     if data["packed"] is not False:
         raise CheckpointError("the file is packed, which this el_convert cannot read: upgrade")
@@ -174,9 +178,14 @@ def _conversion(data: Mapping[str, Any]) -> Conversion:
     if len(paths) != len(set(paths)):
         raise CheckpointError("the file's header lists a layer twice")
     changes = tuple(_activation(x) for x in _list(data, "activations"))
-    return Conversion(
-        _checked(Recipe.from_dict, data["recipe"], "recipe"), tuple(decisions), changes
-    )
+    recipe = _checked(Recipe.from_dict, data["recipe"], "recipe")
+    return Conversion(recipe, tuple(decisions), changes, _functional(data))
+
+
+def _functional(data: Mapping[str, Any]) -> tuple[FunctionalConv, ...]:
+    names = ("path", "owner", "function", "where")
+    calls = _list(data, "functional") if "functional" in data else []
+    return tuple(FunctionalConv(**_record(call, "functional", names)) for call in calls)
 
 
 def _activation(data: Any) -> ActivationChange:

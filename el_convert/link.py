@@ -103,7 +103,11 @@ def _pool(input: Tensor, stride: tuple[int, ...], downsample: str) -> Tensor:
         return input[window]
     # 3d pooling refuses windows larger than its input, ceil_mode or not.
     window_size = [min(s, n) for s, n in zip(stride, input.shape[-len(stride) :], strict=True)]
-    return _POOLS[downsample][len(stride) - 1](input, window_size, stride, ceil_mode=True)
+    pool = _POOLS[downsample][len(stride) - 1]
+    if len(stride) == 3 and input.is_cpu and input.dtype in (torch.float16, torch.bfloat16):
+        # torch has no 3d pooling of these on the CPU.
+        return pool(input.float(), window_size, stride, ceil_mode=True).to(input.dtype)
+    return pool(input, window_size, stride, ceil_mode=True)
 
 
 def _upsample(input: Tensor, size: Sequence[int], geometry: LinkGeometry) -> Tensor:

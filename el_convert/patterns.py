@@ -84,7 +84,6 @@ def exactly(*kinds: type | str) -> Callable[[Site], bool]:
 
 
 def _has_hooks(site: Site) -> bool:
-    # Pruning and the older weight_norm work through pre-hooks as well.
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(site.conv, name) for name in hooks)
 
@@ -126,6 +125,15 @@ def _row(name: str, kind: type | str, build: Builder, reason: str) -> Pattern:
 
 PATTERNS: list[Pattern] = [
     Pattern(
+        "parametrized",
+        _is_parametrized,
+        "keep",
+        "its weight is computed from others; first call what undoes that: "
+        "torch.nn.utils.parametrize.remove_parametrizations for weight_norm, spectral_norm and "
+        "the like, remove_weight_norm for the older weight_norm, prune.remove for pruning",
+        unexpected=True,
+    ),
+    Pattern(
         "hooked",
         _has_hooks,
         "keep",
@@ -133,11 +141,11 @@ PATTERNS: list[Pattern] = [
         unexpected=True,
     ),
     Pattern(
-        "parametrized",
-        _is_parametrized,
+        "weight-read",
+        lambda site: site.weight_read,
         "keep",
-        "its weight is computed from others (weight_norm, spectral_norm, pruning); "
-        "call torch.nn.utils.parametrize.remove_parametrizations first",
+        "other code computes with its weight, as F.conv2d(x, conv.weight) does; "
+        "call the convolution itself to have it binarized",
         unexpected=True,
     ),
     Pattern(
@@ -167,6 +175,13 @@ PATTERNS: list[Pattern] = [
         "keep",
         "it works on a map of one pixel (squeeze-excite or pooled head): nothing to gain",
         option="keep.single_pixel",
+    ),
+    Pattern(
+        "position-code",
+        lambda site: site.featureless_input,
+        "keep",
+        "it encodes positions: its input is the same for every image",
+        option="keep.position",
     ),
     Pattern(
         "shortcut",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,11 +12,12 @@ from torch.jit import ScriptModule
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from el_convert.activations import ActivationChange, plan_activations
+from el_convert.calls import FunctionalConv
 from el_convert.errors import ConversionError, UnknownNameError
 from el_convert.nn import BinaryLayer
 from el_convert.patterns import KEPT_BY_NAME, Action, find_pattern, first_match
 from el_convert.recipes import Recipe, find_recipe
-from el_convert.sites import Site, find_sites
+from el_convert.sites import Site, survey
 from el_convert.tracing import dotted_name, is_convolution
 
 _WRAPPERS = {
@@ -25,6 +27,7 @@ _WRAPPERS = {
     "torch.distributed.fsdp.FSDPModule": "sharded by fully_shard",
     "torch._dynamo.eval_frame.OptimizedModule": "compiled by torch.compile",
 }
+_UNTRACED = "; what surrounds it does not trace: name it in keep= if it gives the output"
 NORMS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -64,11 +67,13 @@ class Conversion:
         recipe: the choices.
         decisions: one per distinct convolution module.
         activations: what becomes of the activations that feed binarized convolutions.
+        functional: convolutions that are calls in a forward and stay as they are.
     """
 
     recipe: Recipe
     decisions: tuple[Decision, ...]
     activations: tuple[ActivationChange, ...] = ()
+    functional: tuple[FunctionalConv, ...] = ()
 
     @property
     def binarized(self) -> tuple[Decision, ...]:
@@ -98,13 +103,28 @@ def plan(
         ConversionError: the model is wrapped, compiled, scripted, lazy or binarized already.
         UnknownNameError: an unknown recipe, or a glob that matches no convolution.
 
+    Warns:
+        UserWarning: a forward calls F.conv2d or the like, which is no module and stays in float.
+
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3),
         ...                       nn.Flatten(), nn.LazyLinear(10))
         >>> [d.action for d in plan(model)]
         ['keep', 'binarize']
     """
-    return plan_conversion(model, recipe, keep=keep).decisions
+    conversion = plan_conversion(model, recipe, keep=keep)
+    if conversion.functional:
+        warnings.warn(functional_notice(conversion.functional), UserWarning, stacklevel=2)
+    return conversion.decisions
+
+
+def functional_notice(calls: Sequence[FunctionalConv]) -> str:
+    """What to say of convolutions that are no modules."""
+    named = "; ".join(map(str, calls[:3])) + (f"; and {len(calls) - 3} more" * (len(calls) > 3))
+    return (
+        f"convolutions left in float, as they are calls in a forward and no modules: {named}. "
+        "Put nn.Conv2d or its like in their place to have them binarized"
+    )
 
 
 def plan_conversion(
@@ -112,7 +132,8 @@ def plan_conversion(
 ) -> Conversion:
     """Like `plan`, with the recipe and the activations."""
     _refuse_unconvertible(model)
-    return plan_sites(find_sites(model), recipe, keep=keep)
+    found = survey(model)
+    return replace(plan_sites(found.sites, recipe, keep=keep), functional=found.functional)
 
 
 def plan_sites(
@@ -136,6 +157,8 @@ def _decide(site: Site, recipe: Recipe, globs: Sequence[str]) -> Decision:
             return Decision(site.path, KEPT_BY_NAME, "keep", f"named by keep={glob!r}")
     row = first_match(site, recipe)
     reason = row.reason
+    if row.action == "binarize" and site.path and not site.uses:
+        reason += _UNTRACED
     if row.name == "unknown-class":
         reason = f"{dotted_name(type(site.conv))}: {reason}"
     return Decision(site.path, row.name, row.action, reason)

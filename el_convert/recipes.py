@@ -103,6 +103,7 @@ class KeepOptions:
         image: the convolution that reads the model's input.
         output: the one whose result is the model's output.
         single_pixel: those on 1x1-pixel maps: squeeze-excite and pooled heads.
+        position: those that encode positions: their input is the same for every image.
         shortcut: projections on residual shortcuts.
         depthwise: one input channel per group.
     """
@@ -110,6 +111,7 @@ class KeepOptions:
     image: bool = True
     output: bool = True
     single_pixel: bool = True
+    position: bool = True
     shortcut: bool = False
     depthwise: bool = False
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from el_convert.planning import functional_notice
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
 
@@ -28,7 +30,7 @@ class _Column:
 
 
 _COLUMNS = (
-    _Column("layer", lambda layer: layer.path, numeric=False),
+    _Column("layer", lambda layer: layer.path or "(the model)", numeric=False),
     _Column("kind", lambda layer: layer.kind, 2, numeric=False),
     _Column("action", lambda layer: _action(layer), numeric=False),
     _Column("link", lambda layer: layer.link, 3, numeric=False),
@@ -131,7 +133,8 @@ def _title(summary: Summary) -> str:
 
 def closing_lines(summary: Summary) -> list[str]:
     """Totals, kept layers with reasons, and activations, as sentences."""
-    return [*_totals(summary), *_reasons(summary), *_activation_lines(summary)]
+    calls = [f"not counted: {functional_notice(summary.functional)}"] if summary.functional else []
+    return [*_totals(summary), *_reasons(summary), *calls, *_activation_lines(summary)]
 
 
 def _totals(summary: Summary) -> Iterator[str]:

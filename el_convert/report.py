@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from el_convert.activations import ActivationChange
+from el_convert.calls import FunctionalConv
 from el_convert.convert import conversion_of
 from el_convert.errors import ConversionError
 from el_convert.nn import BinaryLayer
@@ -78,6 +79,7 @@ class Summary:
         layers: in the model's order.
         other_bytes: of everything that is neither convolution nor linear.
         activations: what became of the activations that feed binarized convolutions.
+        functional: convolutions that are calls in a forward: in float, and not in the counts.
     """
 
     model: str
@@ -86,6 +88,7 @@ class Summary:
     layers: tuple[LayerSummary, ...]
     other_bytes: int
     activations: tuple[ActivationChange, ...] = ()
+    functional: tuple[FunctionalConv, ...] = ()
 
     def _total(self, name: str) -> int | None:
         values = [getattr(layer, name) for layer in self.layers]
@@ -152,6 +155,7 @@ class Summary:
             "layers": [{**asdict(layer), "ops": layer.ops} for layer in self.layers],
             "other_bytes": self.other_bytes,
             "activations": [asdict(change) for change in self.activations],
+            "functional": [asdict(call) for call in self.functional],
         }
 
     def __str__(self) -> str:
@@ -203,6 +207,7 @@ def summarize(model: nn.Module, input_size: Sequence[int] | None = None) -> Summ
         tuple(layers),
         every_byte - sum(layer.stored_bytes for layer in layers),
         conversion.activations if conversion else (),
+        conversion.functional if conversion else (),
     )
 
 

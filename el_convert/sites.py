@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from el_convert.facts import ACTIVATION_NAMES, GraphFacts, name_of, tensor_inputs, visit
-from el_convert.tracing import dotted_name, is_convolution, structure_copy, trace_regions
+from el_convert.calls import FunctionalConv, find_functional
+from el_convert.facts import (
+    ACTIVATION_NAMES,
+    GraphFacts,
+    name_of,
+    reads_shape,
+    tensor_inputs,
+    visit,
+)
+from el_convert.tracing import (
+    Region,
+    attribute,
+    dotted_name,
+    has_parameters,
+    is_convolution,
+    structure_copy,
+    trace_regions,
+)
 
 _IMAGE_CHANNELS = 4  # a region's own input counts as the image up to RGBA
 
@@ -30,6 +46,8 @@ class Site:
         single_pixel: whether it only ever works on maps of one pixel.
         on_shortcut: whether it is the projection on a residual shortcut.
         nonnegative_input: whether its input cannot be below 0.
+        featureless_input: whether its input is computed from no input of the model.
+        weight_read: whether code other than its own forward computes with its weight.
         ends_region: whether its result leaves the part of the model that could be traced with no
             layer or activation behind it; true where no graph holds it.
         owners: dotted class names of the modules it is in, outermost first.
@@ -44,6 +62,8 @@ class Site:
     single_pixel: bool = False
     on_shortcut: bool = False
     nonnegative_input: bool = False
+    featureless_input: bool = False
+    weight_read: bool = False
     ends_region: bool = False
     owners: tuple[str, ...] = ()
 
@@ -68,14 +88,37 @@ class Site:
         return tuple(self.uses[0][1].users) if self.uses else ()
 
 
-def find_sites(model: nn.Module) -> tuple[Site, ...]:
-    """One Site per distinct convolution module, in the order of `named_modules`.
+@dataclass(frozen=True)
+class Survey:
+    """What a model holds.
+
+    Attributes:
+        sites: one per distinct convolution module, in the order of `named_modules`.
+        functional: convolutions that are calls in a forward, which no swap of modules reaches.
+    """
+
+    sites: tuple[Site, ...]
+    functional: tuple[FunctionalConv, ...]
+
+
+def survey(model: nn.Module) -> Survey:
+    """Find every convolution of a model.
 
     Args:
         model: any module; left as it was.
     """
     twin = structure_copy(model)
-    graphs = [GraphFacts(region) for region in trace_regions(twin) if region.graph is not None]
+    regions = trace_regions(twin)
+    return Survey(_sites(model, twin, regions), find_functional(twin, regions))
+
+
+def find_sites(model: nn.Module) -> tuple[Site, ...]:
+    """One Site per distinct convolution module, in the order of `named_modules`."""
+    return survey(model).sites
+
+
+def _sites(model: nn.Module, twin: nn.Module, regions: list[Region]) -> tuple[Site, ...]:
+    graphs = [GraphFacts(region) for region in regions if region.graph is not None]
     calls: dict[int, list[tuple[GraphFacts, fx.Node]]] = {}
     for facts in graphs:
         for node in facts.position:
@@ -83,13 +126,28 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
             if is_convolution(module):
                 calls.setdefault(id(module), []).append((facts, node))
     names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
     for path, module in twin.named_modules(remove_duplicate=False):
         if is_convolution(module):
             names.setdefault(id(module), []).append(path)
+            modules[id(module)] = module
+    read = {id(weight) for facts in graphs for weight in _weights_read(facts)}
     return tuple(
-        _site(model.get_submodule(paths[0]), paths, calls.get(key, []), _owners(model, paths[0]))
+        _site(model, paths, calls.get(key, []), weight_read=_weight_id(modules[key]) in read)
         for key, paths in names.items()
     )
+
+
+def _weight_id(conv: nn.Module) -> int:
+    return id(conv._parameters.get("weight"))
+
+
+def _weights_read(facts: GraphFacts) -> Iterator[nn.Parameter]:
+    """Parameters that a forward computes with itself, not through a module."""
+    for node in facts.position:
+        value = attribute(facts.region.module, node)
+        if isinstance(value, nn.Parameter) and not all(map(reads_shape, node.users)):
+            yield value
 
 
 def _owners(model: nn.Module, path: str) -> tuple[str, ...]:
@@ -99,35 +157,35 @@ def _owners(model: nn.Module, path: str) -> tuple[str, ...]:
 
 
 def _site(
-    conv: Any,
+    model: nn.Module,
     names: list[str],
     calls: list[tuple[GraphFacts, fx.Node]],
-    owners: tuple[str, ...],
+    *,
+    weight_read: bool,
 ) -> Site:
     path, *aliases = names
-    if not calls:
-        alone = not path  # the model is this convolution
-        return Site(
-            path,
-            tuple(aliases),
-            conv,
-            reads_image=alone,
-            feeds_output=alone,
-            ends_region=True,
-            owners=owners,
-        )
-    return Site(
+    conv: Any = model.get_submodule(path)
+    bare = Site(
         path,
         tuple(aliases),
         conv,
-        tuple(calls),
+        reads_image=bool(path) and conv.in_channels <= _IMAGE_CHANNELS,
+        ends_region=True,
+        weight_read=weight_read,
+        owners=_owners(model, path),
+    )
+    if not calls:
+        return bare
+    return replace(
+        bare,
+        uses=tuple(calls),
         reads_image=any(_reads_image(f, n, conv) for f, n in calls),
         feeds_output=any(not f.region.path and _reaches_output(f, n) for f, n in calls),
         ends_region=any(_reaches_output(f, n, through_activations=False) for f, n in calls),
-        owners=owners,
         single_pixel=all(f.of[producer(n)].pooled for f, n in calls),
         on_shortcut=any(_on_shortcut(f, n) for f, n in calls),
         nonnegative_input=all(f.of[producer(n)].nonnegative for f, n in calls),
+        featureless_input=all(_is_featureless(f, n) for f, n in calls),
     )
 
 
@@ -136,18 +194,25 @@ def producer(node: fx.Node) -> fx.Node:
     return next(iter(node.all_input_nodes))
 
 
+def _is_featureless(facts: GraphFacts, conv: fx.Node) -> bool:
+    inputs = [node for node in facts.position if node.op == "placeholder"]
+    start = producer(conv)
+    return start not in inputs and not any(facts.is_ancestor(node, start) for node in inputs)
+
+
 def _reads_image(facts: GraphFacts, node: fx.Node, conv: _ConvNd) -> bool:
     if facts.region.path and conv.in_channels > _IMAGE_CHANNELS:
         return False  # inside a region the input is usually a feature map
-    reached = False
+    reached = mixed = False
 
     def step(value: fx.Node) -> Iterable[fx.Node]:
-        nonlocal reached
+        nonlocal reached, mixed
         reached = reached or value.op == "placeholder"
+        mixed = mixed or facts.mixes(value)
         return () if facts.mixes(value) else tensor_inputs(value)
 
     visit([producer(node)], step)
-    return reached
+    return reached and not mixed  # features times a mask, or beside an image, are features
 
 
 def _reaches_output(facts: GraphFacts, conv: fx.Node, *, through_activations: bool = True) -> bool:
@@ -172,7 +237,7 @@ def _reaches_output(facts: GraphFacts, conv: fx.Node, *, through_activations: bo
 
 def _passes_on(facts: GraphFacts, conv: fx.Node, node: fx.Node, carried: set[fx.Node]) -> bool:
     module = facts.module(node)
-    if module is not None and any(True for _ in module.parameters()):
+    if facts.mixes(node) or (module is not None and has_parameters(module)):
         return False
     others = [value for value in tensor_inputs(node) if value not in carried]
     return not any(facts.is_ancestor(o, conv) or facts.is_ancestor(conv, o) for o in others)

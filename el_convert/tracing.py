@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
@@ -26,6 +28,15 @@ _CONVOLUTION_CLASSES = {
     "timm.layers.cond_conv2d.CondConv2d",
     "el_convert.nn_timm.BinaryCondConv2d",
 }
+CONVOLUTION_FUNCTIONS = frozenset(
+    [*(f"conv{size}d" for size in (1, 2, 3)), *(f"conv_transpose{size}d" for size in (1, 2, 3))]
+)
+"""Functions of torch and torch.nn.functional that convolve."""
+CALLED_AT = "el_convert_called_at"
+"""Key in a node's meta: (path of the module in whose forward a function convolves, file:line)."""
+_TORCH_HOME = str(Path(torch.__file__).parent / "_")[
+    :-1
+]  # ends in a separator: torchvision is none
 _PRIMITIVES = (bool, int, float, str, type(None))
 
 
@@ -51,15 +62,21 @@ class ConvTracer(fx.Tracer):
 
     Args:
         is_leaf: which modules become one node; by default convolutions and what holds none.
+        keep_hooked: modules with forward hooks become one node as well, so that these still run.
 
     Attributes:
         opened: after `trace`, modules that became one opaque node although they hold
             convolutions, by qualified name, with the reason.
     """
 
-    def __init__(self, is_leaf: Callable[[nn.Module], bool] | None = None) -> None:
+    trace_asserts = True
+
+    def __init__(
+        self, is_leaf: Callable[[nn.Module], bool] | None = None, *, keep_hooked: bool = False
+    ) -> None:
         super().__init__()
         self._is_leaf = is_leaf
+        self._keep_hooked = keep_hooked
         self._holders: set[int] = set()
         self.opened: dict[str, str] = {}
 
@@ -69,6 +86,8 @@ class ConvTracer(fx.Tracer):
         return is_convolution(m) or id(m) not in self._holders
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        if "forward" in vars(root):  # torch.fx would read the class's
+            raise TypeError("its forward was replaced on the instance")
         self._holders = {id(m) for m in root.modules() if holds_convolution(m)}
         return super().trace(root, _plain_defaults(root) | (concrete_args or {}))
 
@@ -81,16 +100,30 @@ class ConvTracer(fx.Tracer):
     ) -> Any:
         if self.is_leaf_module(m, ""):
             return super().call_module(m, forward, args, kwargs)
+        if self._keep_hooked and has_forward_hooks(m):
+            return self._opaque(m, "it has hooks", args, kwargs)
         last, stack = next(iter(reversed(self.graph.nodes)), None), self.module_stack.copy()
         try:
             # m.forward, not m(...): a user's hooks must not run on proxies.
             return super().call_module(m, m.forward, args, kwargs)
         except Exception as error:  # whatever a forward raises on proxies: it does not trace
+            if m is self.root:  # a model that calls itself
+                raise
             self.module_stack = stack
             self._forget_since(last)
-            path = self.path_of_module(m)
-            self.opened[path] = first_line(error)
-            return self.create_proxy("call_module", path, args, kwargs)
+            return self._opaque(m, first_line(error), args, kwargs)
+
+    def _opaque(self, m: nn.Module, reason: str, args: Any, kwargs: Any) -> fx.Proxy:
+        path = self.path_of_module(m)
+        self.opened[path] = reason
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Proxy:
+        proxy = super().create_proxy(kind, target, *args, **kwargs)
+        name = getattr(target, "__name__", "")
+        if kind == "call_function" and name in CONVOLUTION_FUNCTIONS:
+            proxy.node.meta[CALLED_AT] = (self.scope.module_path, _calling_line())
+        return proxy
 
     def _forget_since(self, last: fx.Node | None) -> None:
         for node in list(reversed(self.graph.nodes)):
@@ -98,6 +131,14 @@ class ConvTracer(fx.Tracer):
                 break
             if node.op != "get_attr":  # these stay: the tracer caches their proxies
                 self.graph.erase_node(node)
+
+
+def _calling_line() -> str:
+    """The "file:line" that is being traced."""
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_code.co_filename.startswith((_TORCH_HOME, __file__)):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
 def dotted_name(kind: type) -> str:
@@ -119,6 +160,24 @@ def holds_convolution(module: nn.Module) -> bool:
     return any(is_convolution(child) for child in module.modules())
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether anything is called before or after the module's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def has_parameters(module: nn.Module) -> bool:
+    """Whether anything in the module is learned."""
+    return next(module.parameters(), None) is not None
+
+
+def attribute(root: nn.Module, node: fx.Node) -> Any:
+    """The value a `get_attr` node reads; None for other nodes."""
+    if node.op != "get_attr":
+        return None
+    owner, _, name = str(node.target).rpartition(".")
+    return getattr(root.get_submodule(owner), name, None)  # constants of a trace are gone after it
+
+
 def _plain_defaults(root: nn.Module) -> dict[str, Any]:
     """Default arguments as constants, so that `if mask is not None` takes the usual branch."""
     parameters = inspect.signature(type(root).forward).parameters.values()
@@ -130,11 +189,26 @@ def _plain_defaults(root: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
+def same_attributes(model: nn.Module) -> Iterator[None]:
+    """Every module gets back the attributes it had: forwards and tracers store things."""
+    states = [(vars(module), vars(module).copy()) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for state, before in states:
+            state.clear()
+            state.update(before)
+
+
+@contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Trace in eval mode without gradients; modes and random state come back as they were."""
+    """Trace in eval mode without gradients.
+
+    Modes, random state, and what a forward stores in its module come back as they were.
+    """
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with same_attributes(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
             for module, _ in modes:
                 # Not .eval(): some models override train() with side effects.
                 module.training = False
@@ -150,17 +224,22 @@ def structure_copy(model: nn.Module) -> nn.Module:
     Returns:
         The copy; the model itself where something in it refuses to be copied.
     """
-    tensors = (value for module in model.modules() for value in _tensors_of(module))
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        _share_tensors(vars(module), memo)
     try:
         return copy.deepcopy(model, memo)
     except Exception:  # any attribute may refuse; the model then serves as its own copy
         return model
 
 
-def _tensors_of(module: nn.Module) -> Iterator[Any]:
-    own = (module._parameters, module._buffers, vars(module))
-    yield from (value for part in own for value in part.values() if isinstance(value, torch.Tensor))
+def _share_tensors(value: Any, memo: dict[int, Any]) -> None:
+    """Tell a deep copy to keep every tensor in nested plain containers."""
+    if isinstance(value, torch.Tensor):
+        memo[id(value)] = value
+    elif isinstance(value, (dict, list, tuple, set)):
+        for part in value.values() if isinstance(value, dict) else value:
+            _share_tensors(part, memo)
 
 
 def trace_regions(model: nn.Module) -> list[Region]:

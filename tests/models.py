@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,3 +80,11 @@ def first_tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 def all_tensors(output: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return [output] if isinstance(output, Tensor) else list(output)
+
+
+def flat_tensors(output: Any) -> list[Tensor]:
+    """Every floating-point tensor of a nested output, in order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    parts = output.values() if isinstance(output, Mapping) else output
+    return [tensor for part in parts for tensor in flat_tensors(part)]

@@ -29,7 +29,7 @@ from el_convert.atomic import replace_file
 from el_convert.catalog import model_names
 from el_convert.errors import ConversionError
 from el_convert.planning import Conversion, plan_sites
-from el_convert.sites import Site, find_sites
+from el_convert.sites import Survey, survey
 from el_convert.zoo import create, find_source
 
 SNAPSHOT = Path(el_convert.__file__).with_name("zoo_snapshot.tsv")
@@ -97,16 +97,18 @@ def examine(name: str) -> Row:
         warnings.simplefilter("ignore")  # the libraries' own, on construction
         model = build(name)
     start = time.process_time()
-    sites = find_sites(model)
-    conversion = plan_sites(sites)
+    found = survey(model)
+    conversion = plan_sites(found.sites)
     took = time.process_time() - start
-    return summarized(name, model, sites, conversion, took)
+    return summarized(name, model, found, conversion, took)
 
 
 def summarized(
-    name: str, model: nn.Module, sites: Iterable[Site], conversion: Conversion, took: float
+    name: str, model: nn.Module, found: Survey, conversion: Conversion, took: float
 ) -> Row:
     counts = Counter(decision.pattern for decision in conversion.kept)
+    if found.functional:
+        counts["functional"] = len(found.functional)
     library, _, bare_name = name.partition("/")
     return Row(
         library,
@@ -115,7 +117,7 @@ def summarized(
         len(conversion.decisions),
         len(conversion.binarized),
         ",".join(f"{pattern}:{count}" for pattern, count in sorted(counts.items())),
-        sum(not site.uses for site in sites),
+        sum(not site.uses for site in found.sites),
         took,
     )
 
