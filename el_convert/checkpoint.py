@@ -22,7 +22,7 @@ from el_convert.planning import NORMS, Conversion
 from el_convert.tracing import is_convolution, join
 from el_convert.zoo import Source, create, find_source, input_spec, source_of
 
-_PASSING = ("training", "grad_checkpointing")
+_PASSING = ("training", "grad_checkpointing", "pretrained_cfg", "default_cfg")
 _SUFFIXES = (".pt", ".safetensors")
 _BRING = "load(path, model=...) with the float model it was made from"
 
@@ -138,10 +138,26 @@ def _changed_option(twin: nn.Module, model: nn.Module) -> str:
     for path, built in twin.named_modules(remove_duplicate=False):
         own = vars(modules[path])
         for name, value in vars(built).items():
-            plain = type(value) in (bool, int, float, str) and name not in _PASSING
-            if plain and name in own and own[name] != value:
+            known = name in own and name not in _PASSING and _setting(value) is not None
+            if known and _setting(own[name]) != _setting(value):
                 return f"{join(path, name)}: {value!r} became {own[name]!r}"
     return ""
+
+
+def _setting(value: Any) -> str | None:
+    """A text that is equal for equal settings; None for what is no setting, such as a tensor."""
+    if isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if type(value) in (list, tuple):
+        parts = [_setting(part) for part in value]
+    elif type(value) is dict:
+        parts = [_setting(part) for pair in value.items() for part in pair]
+    elif type(value).__module__.startswith("torchvision.") and not isinstance(value, nn.Module):
+        parts = [_setting(part) for part in vars(value).values()]  # box coders, matchers
+    else:
+        return None
+    # A list is like a tuple: either may come of the same call.
+    return None if None in parts else f"({', '.join(map(str, parts))})"
 
 
 def _skeleton(source: Source, dtype: str) -> nn.Module:
@@ -275,7 +291,9 @@ def _checked_skeleton(header: Header, state: Mapping[str, Tensor]) -> nn.Module:
     if header.source is None:
         raise CheckpointError(f"the file does not say what its model is built from: use {_BRING}")
     classes = header.source.kwargs.get("num_classes", 0)
-    if classes and not any(value.dim() and value.shape[0] == classes for value in state.values()):
+    # Detection heads have several rows for each class.
+    rows = [value.shape[0] for value in state.values() if value.dim()]
+    if classes and not any(count and count % classes == 0 for count in rows):
         raise CheckpointError(f"its header claims {classes} classes, its tensors do not")
     return _skeleton(header.source, header.dtype)
 

@@ -132,10 +132,22 @@ def _sites(model: nn.Module, twin: nn.Module, regions: list[Region]) -> tuple[Si
             names.setdefault(id(module), []).append(path)
             modules[id(module)] = module
     read = {id(weight) for facts in graphs for weight in _weights_read(facts)}
+    traced = [facts.region.path for facts in graphs]
     return tuple(
-        _site(model, paths, calls.get(key, []), weight_read=_weight_id(modules[key]) in read)
+        _site(
+            model,
+            paths,
+            calls.get(key, []),
+            weight_read=_weight_id(modules[key]) in read,
+            exposed=_is_exposed(paths[0], traced),
+        )
         for key, paths in names.items()
     )
+
+
+def _is_exposed(path: str, traced: Iterable[str]) -> bool:
+    """Whether nothing around a convolution was traced, so that its input may be the image."""
+    return bool(path) and not any(path.startswith(f"{outer}.") or not outer for outer in traced)
 
 
 def _weight_id(conv: nn.Module) -> int:
@@ -162,6 +174,7 @@ def _site(
     calls: list[tuple[GraphFacts, fx.Node]],
     *,
     weight_read: bool,
+    exposed: bool,
 ) -> Site:
     path, *aliases = names
     conv: Any = model.get_submodule(path)
@@ -169,7 +182,7 @@ def _site(
         path,
         tuple(aliases),
         conv,
-        reads_image=bool(path) and conv.in_channels <= _IMAGE_CHANNELS,
+        reads_image=exposed and conv.in_channels <= _IMAGE_CHANNELS,
         ends_region=True,
         weight_read=weight_read,
         owners=_owners(model, path),

@@ -165,7 +165,7 @@ def _create_torchvision(source: Source, pretrained: bool) -> nn.Module:
     accepted = inspect.signature(torchvision.models.get_model_builder(source.name)).parameters
     if "weights_backbone" in accepted:
         options["weights_backbone"] = None  # its default downloads
-    if source.name in ("googlenet", "inception_v3"):
+    if source.name.removeprefix("quantized_") in ("googlenet", "inception_v3"):
         options["init_weights"] = True  # their default, said aloud: else they warn
     fresh_head = "num_classes" in source.kwargs
     if pretrained and not fresh_head:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from models import all_tensors, seed_norms
 from timm.layers import BlurPool2d
 from torch import Tensor, nn
 
+from el_convert.checkpoint import load, save
 from el_convert.convert import binarize
 from el_convert.nn import BinaryLayer
 from el_convert.planning import plan
+from el_convert.zoo import source_of
 
 # Features before an expansion are taken by hooks; their layers are kept, with a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:5 of .* convolutions kept")
@@ -135,3 +138,10 @@ def test_on_cuda() -> None:
     assert {p.device.type for p in binary.parameters()} == {"cuda"}
     binary(torch.randn(2, 3, 64, 64, device="cuda")).sum().backward()
     assert all(p.grad is not None for p in binary.parameters())
+
+
+def test_other_trained_weights_of_an_architecture_are_the_same_model(tmp_path: Path) -> None:
+    model = timm.create_model("resnet18.tv_in1k", num_classes=10)
+    model(torch.randn(2, 3, 64, 64))
+    save(binarize(model), tmp_path / "bnn.pt")
+    assert str(source_of(load(tmp_path / "bnn.pt"))) == "timm/resnet18"
