@@ -22,7 +22,7 @@ from el_convert.planning import NORMS, Conversion
 from el_convert.tracing import is_convolution, join
 from el_convert.zoo import Source, create, find_source, input_spec, source_of
 
-_PASSING = ("training", "grad_checkpointing", "pretrained_cfg", "default_cfg")
+_PASSING = ("training", "grad_checkpointing", "pretrained_cfg", "default_cfg", "_model_args")
 _SUFFIXES = (".pt", ".safetensors")
 _BRING = "load(path, model=...) with the float model it was made from"
 

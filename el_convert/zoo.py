@@ -209,15 +209,26 @@ def source_of(model: nn.Module) -> Source | None:
     if not type(model).__module__.startswith("timm.") or not isinstance(config, Mapping):
         return None
     name = config.get("architecture")
-    first = next((m for m in model.modules() if is_convolution(m)), None)
-    kwargs: dict[str, Any] = {}
+    recorded = getattr(model, "_model_args", None)  # by timm 1.0.31 and newer
+    kwargs = _guessed_kwargs(model) if recorded is None else _allowed_kwargs(recorded)
     if isinstance(classes, int):
         kwargs["num_classes"] = classes
+    return Source("timm", name, kwargs) if isinstance(name, str) else None
+
+
+def _allowed_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
+    allowed = _ALLOWED["timm"]
+    return {key: value for key, value in given.items() if type(value) is allowed.get(key)}
+
+
+def _guessed_kwargs(model: nn.Module) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {}
+    first = next((m for m in model.modules() if is_convolution(m)), None)
     if getattr(model, "drop_rate", 0.0):
         kwargs["drop_rate"] = model.drop_rate
     if first is not None and first.in_channels not in (3, 48, 192):  # plain, or pixels unshuffled
         kwargs["in_chans"] = first.in_channels
-    return Source("timm", name, kwargs) if isinstance(name, str) else None
+    return kwargs
 
 
 def input_spec(model: nn.Module, source: Source | None = None) -> InputSpec:

@@ -19,6 +19,7 @@ from el_convert.convert import binarize, conversion_of
 from el_convert.errors import ConversionError
 from el_convert.graphs import link_nodes, to_graph
 from el_convert.link import ElasticLink
+from el_convert.planning import plan
 from el_convert.zoo import create, find_source
 
 pytestmark = [
@@ -130,6 +131,20 @@ def test_8_the_graph_agrees(trial: Trial, binary: nn.Module) -> None:
     with torch.no_grad():
         assert same(flat_tensors(graph(*copy.deepcopy(inputs))), expected)
     assert len(link_nodes(graph)) == calls > 0
+
+
+def test_layers_kept_for_one_pixel_see_one_pixel(trial: Trial, model: nn.Module) -> None:
+    seen: dict[nn.Module, set[int]] = {}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.setdefault(module, set()).add(inputs[0][0, 0].numel())
+
+    trial_model = copy.deepcopy(model)
+    kept = [d.path for d in plan(model, trial.recipe()) if d.pattern == "single-pixel"]
+    for path in kept:
+        trial_model.get_submodule(path).register_forward_pre_hook(note)
+    run(trial_model, trial.inputs())
+    assert all(sizes == {1} for sizes in seen.values())
 
 
 def test_9_a_saved_model_agrees(

@@ -1,9 +1,9 @@
-"""Plan every model of timm and torchvision and write what comes out, one line each.
+"""Convert every model of timm and torchvision and write what comes out, one line each.
 
     python -m tests.zoo_sweep                      all models, to el_convert/zoo_snapshot.tsv
     python -m tests.zoo_sweep --shard 1/2          every second model, to a part of its own
     python -m tests.zoo_sweep --merge 2            parts 1 and 2 to the snapshot
-    python -m tests.zoo_sweep --table              the README's coverage table, from the snapshot
+    python -m tests.zoo_sweep --table              the README's coverage tables, from the snapshot
     python -m tests.zoo_sweep 'timm/resnet*' --out /dev/stdout
 
 Models are built on the meta device where they can be, so weights take no memory. A run that was
@@ -27,7 +27,9 @@ from torch import nn
 import el_convert
 from el_convert.atomic import replace_file
 from el_convert.catalog import model_names
+from el_convert.convert import apply
 from el_convert.errors import ConversionError
+from el_convert.nn import BinaryLayer
 from el_convert.planning import Conversion, plan_sites
 from el_convert.sites import Survey, survey
 from el_convert.zoo import create, find_source
@@ -45,7 +47,7 @@ class Row:
         binarized: how many the default recipe binarizes.
         kept: "pattern:count", comma-separated, by name.
         bare: convolutions that no graph holds, so their surroundings are unknown.
-        seconds: CPU time of planning; differs from run to run.
+        seconds: CPU time of the conversion; differs from run to run.
     """
 
     library: str
@@ -92,14 +94,18 @@ def build(name: str) -> nn.Module:
 
 
 def examine(name: str) -> Row:
-    """Build and plan one model."""
+    """Build and convert one model, in place."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' own, on construction
         model = build(name)
     start = time.process_time()
     found = survey(model)
     conversion = plan_sites(found.sites)
+    apply(model, conversion)
     took = time.process_time() - start
+    layers = sum(isinstance(module, BinaryLayer) for module in model.modules())
+    if layers != len(conversion.binarized):
+        raise AssertionError(f"{name}: {layers} binary layers of {len(conversion.binarized)}")
     return summarized(name, model, found, conversion, took)
 
 
@@ -139,28 +145,42 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+_COUNTS = "models | with something to binarize | convolutions | binarized | kept |"
+
+
 def coverage(rows: list[Row]) -> str:
     """The README's coverage table, as Markdown."""
-    lines = [
-        "| library | models | with something to binarize | convolutions | binarized | kept |",
-        "|---|--:|--:|--:|--:|---|",
-    ]
+    lines = [f"| library | {_COUNTS}", "|---|--:|--:|--:|--:|---|"]
     for library in ("timm", "torchvision"):
         part = [row for row in rows if row.library == library]
-        kept: Counter[str] = Counter()
-        for row in part:
-            pairs = (item.split(":") for item in row.kept.split(",") if item)
-            kept.update({pattern: int(count) for pattern, count in pairs})
-        cells = (
-            library,
-            f"{len(part):,}",
-            f"{sum(row.binarized > 0 for row in part):,}",
-            f"{sum(row.convolutions for row in part):,}",
-            f"{sum(row.binarized for row in part):,}",
-            ", ".join(f"{count:,} {pattern}" for pattern, count in kept.most_common()),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {library} | {_counts(part)} |")
     return "\n".join(lines)
+
+
+def coverage_by_class(rows: list[Row]) -> str:
+    """The README's table of every model class, as Markdown."""
+    classes: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        classes.setdefault((row.library, row.cls), []).append(row)
+    lines = [f"| library | class | {_COUNTS}", "|---|---|--:|--:|--:|--:|---|"]
+    for library, kind in sorted(classes, key=lambda key: (key[0], key[1].lower())):
+        lines.append(f"| {library} | {kind} | {_counts(classes[library, kind])} |")
+    return "\n".join(lines)
+
+
+def _counts(rows: list[Row]) -> str:
+    kept: Counter[str] = Counter()
+    for row in rows:
+        pairs = (item.split(":") for item in row.kept.split(",") if item)
+        kept.update({pattern: int(count) for pattern, count in pairs})
+    cells = (
+        f"{len(rows):,}",
+        f"{sum(row.binarized > 0 for row in rows):,}",
+        f"{sum(row.convolutions for row in rows):,}",
+        f"{sum(row.binarized for row in rows):,}",
+        ", ".join(f"{count:,} {pattern}" for pattern, count in kept.most_common()),
+    )
+    return " | ".join(cells)
 
 
 def part_path(index: int, count: int) -> Path:
@@ -192,7 +212,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the README's coverage table")
     options = parser.parse_args()
     if options.table:
-        print(coverage(read(SNAPSHOT)))
+        print(coverage(read(SNAPSHOT)), coverage_by_class(read(SNAPSHOT)), sep="\n\n")
         return
     index, count = map(int, options.shard.split("/"))
     if options.merge:
