@@ -138,8 +138,10 @@ def _changed_option(twin: nn.Module, model: nn.Module) -> str:
     for path, built in twin.named_modules(remove_duplicate=False):
         own = vars(modules[path])
         for name, value in vars(built).items():
-            known = name in own and name not in _PASSING and _setting(value) is not None
-            if known and _setting(own[name]) != _setting(value):
+            if name not in own or name in _PASSING:
+                continue
+            settings = {_setting(value), _setting(own[name])}
+            if len(settings) > 1 and None not in settings:
                 return f"{join(path, name)}: {value!r} became {own[name]!r}"
     return ""
 

@@ -81,8 +81,11 @@ def _trace(module: nn.Module) -> fx.GraphModule | str:
     except Exception as error:  # whatever a forward raises on proxies; the caller reports it
         return first_line(error)
     result = fx.GraphModule(module, graph, type(module).__name__)
-    for name in _HOOKS:  # they run on the module's own values, as before
-        setattr(result, name, copy.copy(getattr(module, name)))
+    for name, value in vars(module).items():
+        if name in _HOOKS:  # they run on the module's own values, as before
+            setattr(result, name, copy.copy(value))
+        elif not hasattr(result, name):  # what parents that do not trace read of it
+            setattr(result, name, value)
     result.train(module.training)
     for path in tracer.opened:
         result.set_submodule(path, _opened(module.get_submodule(path)))

@@ -30,6 +30,7 @@ class Trial:
         options: for the constructor.
         task: which inputs it takes: "image", "video", "detection" or "flow".
         frames: of a video.
+        batch: number of images or videos.
         stem_only: its only convolution reads the image, which the default recipe keeps.
         graph: the part whose graph is compared, where the model's own forward does not trace.
     """
@@ -39,6 +40,7 @@ class Trial:
     options: Mapping[str, Any] = field(default_factory=dict)
     task: str = "image"
     frames: int = 16
+    batch: int = 2
     stem_only: bool = False
     graph: str = ""
 
@@ -71,14 +73,14 @@ class Trial:
         chosen = RECIPES[name]
         return chosen.with_options({"keep.image": False}) if self.stem_only else chosen
 
-    def inputs(self, batch: int = 2) -> tuple[Any, ...]:
+    def inputs(self) -> tuple[Any, ...]:
         """Arguments of the forward."""
         generator = torch.Generator().manual_seed(1)
 
         def draw(*shape: int) -> Tensor:
             return torch.rand(shape, generator=generator)
 
-        side = self.side
+        batch, side = self.batch, self.side
         if self.task == "video":
             return (draw(batch, 3, self.frames, side, side),)
         if self.task == "flow":
@@ -114,6 +116,8 @@ EXCLUDED = {
 """Model classes of timm that no trial is of, with the reason."""
 
 _SMALL = {"img_size": 64}
+_DETECTOR = {"weights_backbone": None, "min_size": 96, "max_size": 128}
+_TWO_STAGES = {**_DETECTOR, "rpn_post_nms_top_n_train": 40, "box_batch_size_per_image": 16}
 TRIALS = (
     Trial("timm/beit_base_patch16_224", options=_SMALL, stem_only=True),
     Trial("timm/test_byobnet"),
@@ -123,7 +127,7 @@ TRIALS = (
     Trial("timm/convmixer_768_32"),
     Trial("timm/test_convnext"),
     Trial("timm/cpubone_nano"),
-    Trial("timm/crossvit_9_dagger_240"),
+    Trial("timm/crossvit_9_dagger_240", graph="patch_embed.0"),
     Trial("timm/csatv2"),
     Trial("timm/cs3darknet_focus_s"),
     Trial("timm/cspnext_tiny"),
@@ -177,7 +181,7 @@ TRIALS = (
     Trial("timm/pit_ti_224", options=_SMALL),
     Trial("timm/pvt_v2_b0"),
     Trial("timm/qwen3_vit_88m", stem_only=True),
-    Trial("timm/qwen3_vit_88m_enc", stem_only=True),
+    Trial("timm/qwen3_vit_88m_enc", stem_only=True, graph="patch_embed"),
     Trial("timm/rdnet_tiny"),
     Trial("timm/regnetx_002"),
     Trial("timm/repghostnet_050"),
@@ -203,7 +207,7 @@ TRIALS = (
     Trial("timm/vit_small_r26_s32_224", options=_SMALL),
     Trial("timm/deit_tiny_distilled_patch16_224", options=_SMALL, stem_only=True),
     Trial("timm/test_vit_relpos", options=_SMALL, stem_only=True),
-    Trial("timm/samvit_base_patch16"),
+    Trial("timm/samvit_base_patch16", graph="neck"),
     Trial("timm/volo_d1_224", options=_SMALL),
     Trial("timm/ese_vovnet19b_slim_dw"),
     Trial("timm/legacy_xception"),
@@ -222,7 +226,7 @@ TRIALS = (
     Trial("torchvision/mnasnet0_5"),
     Trial("torchvision/mobilenet_v2"),
     Trial("torchvision/mobilenet_v3_small"),
-    Trial("torchvision/mvit_v2_s", 64, {"spatial_size": (64, 64), "temporal_size": 4}, "video", 4),
+    Trial("torchvision/mvit_v2_s", 224, {"patch_embed_stride": (8, 28, 28)}, "video"),
     Trial("torchvision/quantized_googlenet"),
     Trial("torchvision/quantized_inception_v3", 299),
     Trial("torchvision/quantized_mobilenet_v2"),
@@ -231,7 +235,7 @@ TRIALS = (
     Trial("torchvision/quantized_shufflenet_v2_x0_5"),
     Trial("torchvision/regnet_y_400mf"),
     Trial("torchvision/resnet18"),
-    Trial("torchvision/s3d", 224, task="video"),
+    Trial("torchvision/s3d", 209, task="video", frames=13, batch=1),
     Trial("torchvision/shufflenet_v2_x0_5"),
     Trial("torchvision/squeezenet1_1"),
     Trial("torchvision/swin_t", stem_only=True),
@@ -240,12 +244,16 @@ TRIALS = (
     Trial("torchvision/mc3_18", task="video", frames=4),
     Trial("torchvision/vit_b_16", 64, {"image_size": 64}, stem_only=True),
     Trial(
-        "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn", 96, task="detection", graph="backbone"
+        "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn",
+        96,
+        _TWO_STAGES,
+        "detection",
+        graph="backbone",
     ),
-    Trial("torchvision/fcos_resnet50_fpn", 96, task="detection", graph="backbone"),
-    Trial("torchvision/keypointrcnn_resnet50_fpn", 96, task="detection", graph="backbone"),
-    Trial("torchvision/maskrcnn_resnet50_fpn", 96, task="detection", graph="backbone"),
-    Trial("torchvision/retinanet_resnet50_fpn", 96, task="detection", graph="backbone"),
+    Trial("torchvision/fcos_resnet50_fpn", 96, _DETECTOR, "detection", graph="backbone"),
+    Trial("torchvision/keypointrcnn_resnet50_fpn", 96, _TWO_STAGES, "detection", graph="backbone"),
+    Trial("torchvision/maskrcnn_resnet50_fpn", 96, _TWO_STAGES, "detection", graph="backbone"),
+    Trial("torchvision/retinanet_resnet50_fpn", 96, _DETECTOR, "detection", graph="backbone"),
     Trial("torchvision/ssdlite320_mobilenet_v3_large", 96, task="detection", graph="backbone"),
     Trial("torchvision/raft_small", 128, task="flow", graph="feature_encoder"),
     # Every class of convolution as well:
