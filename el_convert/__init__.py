@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         BinaryConvTranspose3d,
         RPReLU,
     )
+    from el_convert.packed import PackedConv, pack
     from el_convert.patterns import Pattern, register_pattern, unregister_pattern
     from el_convert.planning import Decision, plan
     from el_convert.recipes import RECIPES, Recipe, RecipeError
@@ -52,6 +53,7 @@ _HOME = {
     "Decision": "planning",
     "ElConvertError": "errors",
     "ElasticLink": "link",
+    "PackedConv": "packed",
     "Pattern": "patterns",
     "RECIPES": "recipes",
     "RPReLU": "nn",
@@ -62,6 +64,7 @@ _HOME = {
     "UnknownNameError": "errors",
     "binarize": "convert",
     "load": "checkpoint",
+    "pack": "packed",
     "plan": "planning",
     "register_pattern": "patterns",
     "save": "checkpoint",
@@ -84,6 +87,7 @@ __all__ = [
     "Decision",
     "ElConvertError",
     "ElasticLink",
+    "PackedConv",
     "Pattern",
     "RPReLU",
     "Recipe",
@@ -94,6 +98,7 @@ __all__ = [
     "__version__",
     "binarize",
     "load",
+    "pack",
     "plan",
     "register_pattern",
     "save",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from el_convert.atomic import replace_file
 from el_convert.convert import apply, conversion_of, copy_model, floating_dtype
 from el_convert.errors import CheckpointError, ElConvertError, UnknownNameError
 from el_convert.header import KEY, Header, geometry_of, parse_header, write_header
+from el_convert.packed import PackedConv, pack_layers
 from el_convert.patterns import find_pattern
 from el_convert.planning import NORMS, Conversion
+from el_convert.state import check_tensors, difference, gather, restored, shapes
 from el_convert.tracing import is_convolution, join
 from el_convert.zoo import Source, create, find_source, input_spec, source_of
 
@@ -28,19 +30,25 @@ _BRING = "load(path, model=...) with the float model it was made from"
 
 
 def save(
-    model: nn.Module, path: str | os.PathLike[str], *, source: Source | str | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    source: Source | str | None = None,
+    half: bool = False,
 ) -> None:
-    """Write a binarized model to a `.pt` or `.safetensors` file.
+    """Write a binarized or packed model to a `.pt` or `.safetensors` file.
 
     The file is `{"el_convert": <JSON header>, "state_dict": {...}}`: `torch.load` reads it with
     `weights_only=True`; in `.safetensors` the header is the metadata. Saving proves itself: the
     float skeleton is rebuilt, the conversion replayed and compared before anything is written.
 
     Args:
-        model: made by `binarize` or `load`.
+        model: made by `binarize`, `pack` or `load`.
         path: where to; an existing file is replaced in one step or stays as it was.
         source: "resnet50", "timm/...", "torchvision/..." or a Source. By default what the model
             itself says. Without a source the file loads only with `load(path, model=...)`.
+        half: store floating-point tensors in float16; `load` gives them their dtype back, with
+            what that rounds off lost.
 
     Warns:
         UserWarning: what the model says of itself does not rebuild it, so the file names no source.
@@ -63,7 +71,7 @@ def save(
     path = _checked_path(path)
     conversion = conversion_of(model)
     known = find_source(source) if isinstance(source, str) else source or source_of(model)
-    header = _describe(model, conversion, known)
+    header = _describe(model, conversion, known, half)
     if known is not None:
         problem = _rebuild_problem(model, header, known)
         if problem and source is not None:
@@ -78,8 +86,8 @@ def save(
                 UserWarning,
                 stacklevel=2,
             )
-            header = _describe(model, conversion, None)
-    state, text = _plain_state(model), write_header(header)
+            header = replace(header, source=None)
+    state, text = gather(model, half), write_header(header)
     parse_header(text)  # what load would refuse must not be written
     try:
         replace_file(path, lambda part: _write(part, path.suffix, text, state))
@@ -104,12 +112,17 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _describe(model: nn.Module, conversion: Conversion, source: Source | None) -> Header:
+def _describe(
+    model: nn.Module, conversion: Conversion, source: Source | None, half: bool
+) -> Header:
     modules = dict(model.named_modules(remove_duplicate=False))
     convs = {path: module for path, module in modules.items() if is_convolution(module)}
     geometry = {d.path: geometry_of(convs[d.path]) for d in conversion.binarized}
     dtype = str(floating_dtype(model)).removeprefix("torch.")
-    return Header(conversion, geometry, source, input_spec(model, source), dtype)
+    packed = any(isinstance(module, PackedConv) for module in modules.values())
+    stored = "float16" if half and dtype != "float16" else ""
+    spec = input_spec(model, source)
+    return Header(conversion, geometry, source, spec, dtype, packed=packed, stored=stored)
 
 
 def _rebuild_problem(model: nn.Module, header: Header, source: Source) -> str:
@@ -119,7 +132,7 @@ def _rebuild_problem(model: nn.Module, header: Header, source: Source) -> str:
         twin = _replay(twin, header)
     except ElConvertError as error:
         return str(error)
-    problem = _state_problem(_shapes(twin.state_dict()), _shapes(model.state_dict()))
+    problem = difference(shapes(twin.state_dict()), shapes(model.state_dict()))
     # Options that leave no parameter (pooling, activations, dropout) show elsewhere.
     lines = zip_longest(_lines(twin), _lines(model), fillvalue="nothing")
     differing = next((f"{a} became {b}" for a, b in lines if a != b), "")
@@ -167,20 +180,6 @@ def _skeleton(source: Source, dtype: str) -> nn.Module:
         return create(source).to(getattr(torch, dtype))
 
 
-def _plain_state(model: nn.Module) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    copies: dict[Any, Tensor] = {}
-    for key, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"{key} of the state_dict is {type(value).__name__}, no tensor")
-        # Cloned where it is a view or shared, so a file holds each once and nothing more.
-        place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
-        if value.numel() == 0 or place not in copies:
-            copies[place] = value.detach().cpu().contiguous().clone()
-        state[key] = copies[place]
-    return state
-
-
 def _write(path: Path, suffix: str, header: str, state: dict[str, Tensor]) -> None:
     if suffix == ".pt":
         with path.open("wb") as stream:  # given a name, torch writes that into the file
@@ -206,7 +205,7 @@ def load(
         device: where the result goes.
 
     Returns:
-        The binarized model, in train mode as its library builds it.
+        The binarized model in train mode, as its library builds it; a packed one in eval mode.
 
     Raises:
         CheckpointError: the file is missing, truncated, foreign, newer, or does not fit; says why.
@@ -222,14 +221,16 @@ def load(
     except ElConvertError as error:
         raise CheckpointError(f"{path}: {error}") from error
     own = twin.state_dict()
-    problem = _state_problem(_shapes(own), _shapes(state))
+    if header.stored:
+        state = {key: restored(value, own.get(key)) for key, value in state.items()}
+    problem = difference(shapes(own), shapes(state))
     if problem:
         raise CheckpointError(
             f"{path} does not fit {header.source or 'the given model'}: {problem}"
         )
     own.update(state)  # not `state` itself: some models want the version marks of their own
     twin.load_state_dict(own, strict=True)
-    return twin.to(device)
+    return (twin.eval() if header.packed else twin).to(device)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
@@ -253,7 +254,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
         ) from error
     try:
         header = parse_header(text)
-        _check_tensors(state)
+        check_tensors(state)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return header, dict(state)
@@ -274,18 +275,6 @@ def _read_safe(path: Path) -> tuple[Any, Any]:
         if KEY not in metadata:
             raise CheckpointError(f"{path} is no file of el_convert: its metadata lacks {KEY!r}")
         return metadata[KEY], {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
-
-
-def _check_tensors(state: Any) -> None:
-    if not isinstance(state, Mapping):
-        raise CheckpointError("its state_dict is no mapping")
-    for key, value in state.items():
-        plain = type(value) is Tensor and value.layout == torch.strided and value.is_cpu
-        if not isinstance(key, str) or not plain:
-            raise CheckpointError(f"{key!r} of its state_dict is not a plain tensor")
-        # A shape can claim more than the file holds, by strides of 0.
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise CheckpointError(f"{key} claims shape {list(value.shape)}, which the file lacks")
 
 
 def _checked_skeleton(header: Header, state: Mapping[str, Tensor]) -> nn.Module:
@@ -322,7 +311,8 @@ def _replay(model: nn.Module, header: Header) -> nn.Module:
     odd = sorted({d.path for d in header.conversion.decisions} ^ set(present))
     if odd:
         raise CheckpointError(f"the file and {_kind(model)} do not have the same layers: {odd[0]}")
-    return apply(model, header.conversion)
+    model = apply(model, header.conversion)
+    return pack_layers(model) if header.packed else model
 
 
 def _kind(model: nn.Module) -> str:
@@ -339,27 +329,3 @@ def _check_pattern(path: str, name: str) -> None:
         ) from None
     if pattern.action != "binarize":
         raise CheckpointError(f"layer {path!r}: pattern {name!r} does not binarize")
-
-
-def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[list[int], torch.dtype]]:
-    return {k: (list(v.shape), v.dtype) for k, v in state.items() if isinstance(v, Tensor)}
-
-
-def _state_problem(
-    wanted: Mapping[str, tuple[list[int], torch.dtype]],
-    given: Mapping[str, tuple[list[int], torch.dtype]],
-) -> str:
-    missing = [key for key in wanted if key not in given]
-    extra = [key for key in given if key not in wanted]
-    if missing or extra:
-        near = [difflib.get_close_matches(key, extra, 1) for key in missing[:1]]
-        hint = f" (there is {near[0][0]!r} instead)" if near and near[0] else ""
-        parts = [f"{len(missing)} missing, first {missing[0]!r}{hint}"] if missing else []
-        parts += [f"{len(extra)} unexpected, first {extra[0]!r}"] if extra else []
-        return "tensors: " + "; ".join(parts)
-    for key, expected in wanted.items():
-        if given[key] != expected:
-            return (
-                f"{key} should be {expected[0]} {expected[1]}, is {given[key][0]} {given[key][1]}"
-            )
-    return ""

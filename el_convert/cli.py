@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -102,6 +103,7 @@ def main() -> None:
       el-convert resnet50 --out bnn.pt      convert and save
       el-convert resnet50 --dry-run         only show what would happen
       el-convert models 'mobilenet*'        list models
+      el-convert pack bnn.pt --out small.pt store a trained network at 1 bit
       el-convert inspect bnn.pt             show what a file holds
 
     `el-convert convert --help` lists the options. The converted network must be trained.
@@ -256,6 +258,35 @@ def models(glob: str) -> None:
 
 @main.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="File to write, likewise."
+)
+@click.option("--half", is_flag=True, help="Store what stays float in float16.")
+def pack(file: Path, out: Path, half: bool) -> None:
+    """Store the weights of a trained FILE at 1 bit each.
+
+    The file must be of a timm or torchvision model; FILE itself stays as it is.
+    """
+    check_output(out)
+    with _step("loading torch"):
+        from el_convert.checkpoint import load, save
+        from el_convert.packed import pack
+    with _errors():
+        with _step(f"reading {file}"):
+            model = load(file).eval()
+        with warnings.catch_warnings(record=True) as doubts:
+            warnings.simplefilter("always")
+            packed = pack(model, inplace=True)
+        for doubt in doubts:
+            click.echo(f"warning: {doubt.message}", err=True)
+        with _step(f"writing {out}"):
+            save(packed, out, half=half)
+    before, after = file.stat().st_size, out.stat().st_size
+    click.echo(f"wrote {out} ({after / 1e6:.1f} MB, {before / after:.1f}x smaller than {file})")
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 def inspect(file: Path, as_json: bool) -> None:
     """Show what a saved FILE holds."""
@@ -272,7 +303,17 @@ def inspect(file: Path, as_json: bool) -> None:
             model = load(file)
         summary = _summarize(model)
     versions = ", ".join(f"{name} {v}" for name, v in (header.created_with or {}).items())
-    extra = {"source": str(header.source), "file": str(file), "created_with": versions}
+    size = file.stat().st_size
+    extra: dict[str, Any] = {
+        "source": str(header.source),
+        "file": str(file),
+        "created_with": versions,
+    }
+    extra |= {"packed": header.packed, "bytes": size}
     if not as_json:
-        click.echo(f"{file}: {header.source}, {header.dtype}, written by {versions}")
+        kind = "packed, " if header.packed else ""
+        stored = header.stored or header.dtype
+        click.echo(
+            f"{file}: {header.source}, {kind}{stored}, {size / 1e6:.1f} MB, written by {versions}"
+        )
     _show(summary, as_json, extra)

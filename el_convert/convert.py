@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -133,12 +133,15 @@ def apply(model: ModelT, conversion: Conversion) -> ModelT:
         if change.action == "replace":
             layer = build_activation(change, slope, like)
             new[id(modules[change.path])] = layer.train(modules[change.path].training)
-    _swap(modules, new)
-    for module in dict.fromkeys(modules.values()):
-        vars(module).update(_with_new(vars(module), new))
+    exchange(model, new)
     root = cast(ModelT, new.get(id(model), model))  # a convolution may be the model itself
-    setattr(root, _RECORD, conversion)
-    return root
+    return record(root, conversion)
+
+
+def record(model: ModelT, conversion: Conversion) -> ModelT:
+    """Let a model say what conversion it went through; gives the model back."""
+    setattr(model, _RECORD, conversion)
+    return model
 
 
 def _build(conv: nn.Module, pattern: str, recipe: Recipe) -> nn.Module:
@@ -148,15 +151,23 @@ def _build(conv: nn.Module, pattern: str, recipe: Recipe) -> nn.Module:
     return row.build(conv, recipe)
 
 
-def _swap(modules: dict[str, nn.Module], new: dict[int, nn.Module]) -> None:
-    """Put new modules under every name of the old ones, shared ones included."""
+def exchange(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Put new modules under every name of the old ones, and where plain attributes hold them.
+
+    Args:
+        model: changed in place; where it is itself exchanged, that is the caller's to see to.
+        new: by the id of the old.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
     for path, module in modules.items():
         if id(module) in new and path:
             parent, _, name = path.rpartition(".")
             setattr(modules[parent], name, new[id(module)])
+    for module in dict.fromkeys(modules.values()):
+        _with_new(module.__dict__, new)
 
 
-def _with_new(value: Any, new: dict[int, nn.Module]) -> Any:
+def _with_new(value: Any, new: Mapping[int, nn.Module]) -> Any:
     """The value with replaced modules exchanged in plain containers, in place where that can be.
 
     Some models hold a layer in a list too, or its bound forward, and call it through that.

@@ -27,7 +27,7 @@ _FIELDS = {
     "format", "created_with", "source", "recipe", "packed", "dtype", "layers", "kept",
     "activations", "input",
 }  # fmt: skip
-_MAY_LACK = {"functional"}
+_MAY_LACK = {"functional", "stored"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Header:
         input: what the model expects.
         dtype: of its floating-point parameters.
         created_with: versions of the writing program and its libraries.
+        packed: whether binarized weights are stored as bits, see `PackedConv`.
+        stored: dtype of the floating-point tensors in the file, where it is another than `dtype`.
     """
 
     conversion: Conversion
@@ -49,6 +51,8 @@ class Header:
     input: InputSpec
     dtype: str = "float32"
     created_with: Mapping[str, str] | None = None
+    packed: bool = False
+    stored: str = ""
 
 
 def geometry_of(conv: _ConvNd) -> list[Any]:
@@ -67,7 +71,7 @@ def geometry_of(conv: _ConvNd) -> list[Any]:
         conv.groups,
         conv.bias is not None,
         getattr(conv, "padding_mode", "zeros"),
-        list(conv.weight.shape),
+        list(getattr(conv, "latent_shape", None) or conv.weight.shape),  # a packed one has none
     ]
 
 
@@ -81,7 +85,7 @@ def write_header(header: Header) -> str:
             "created_with": {"el_convert": __version__, **versions},
             "source": header.source and asdict(header.source),
             "recipe": header.conversion.recipe.to_dict(),
-            "packed": False,
+            "packed": header.packed,
             "dtype": header.dtype,
             "layers": [
                 {
@@ -100,6 +104,7 @@ def write_header(header: Header) -> str:
             "activations": [asdict(change) for change in header.conversion.activations],
             "input": asdict(header.input),
             **({"functional": functional} if functional else {}),
+            **({"stored": header.stored} if header.stored else {}),
         }
     )
 
@@ -122,8 +127,8 @@ def parse_header(text: Any) -> Header:
     if set(data) - _MAY_LACK != _FIELDS:
         odd = ", ".join(sorted((set(data) - _MAY_LACK) ^ _FIELDS))
         raise CheckpointError(f"the file's header does not have the expected fields: {odd}")
-    if data["packed"] is not False:
-        raise CheckpointError("the file is packed, which this el_convert cannot read: upgrade")
+    if not isinstance(data["packed"], bool):
+        raise CheckpointError(f"the file's packed is {data['packed']!r}, not true or false")
     return Header(
         _conversion(data),
         {layer["path"]: layer["geometry"] for layer in data["layers"]},
@@ -131,6 +136,8 @@ def parse_header(text: Any) -> Header:
         _input(data["input"]),
         _one_of(data["dtype"], _DTYPES, "dtype"),
         _text_map(data["created_with"]),
+        data["packed"],
+        _one_of(data.get("stored", ""), ("", "float16"), "stored"),
     )
 
 

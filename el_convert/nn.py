@@ -191,6 +191,11 @@ class BinaryConv(BinaryLayer, _ConvNd):
         if not isinstance(conv, kind):
             raise ConversionError(f"{type(conv).__name__} is no {kind.__name__}")
 
+    @property
+    def pads_to_same(self) -> bool:
+        """Whether it pads as TensorFlow does, by the input's size."""
+        return False
+
     def _mean_scale(self, weight: Tensor) -> Tensor:
         return weight_scale(weight, groups=self.groups, transposed=self.transposed)
 

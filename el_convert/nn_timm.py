@@ -63,9 +63,10 @@ class _SamePadding(BinaryConv2d):
     def _link_geometry(self) -> LinkGeometry:
         geometry = super()._link_geometry()
         # Outputs are the input's size over the stride, rounded up: windows start at the border.
-        return replace(geometry, offset=(0, 0)) if self._is_dynamic() else geometry
+        return replace(geometry, offset=(0, 0)) if self.pads_to_same else geometry
 
-    def _is_dynamic(self) -> bool:
+    @property
+    def pads_to_same(self) -> bool:
         return bool(getattr(self, "same_pad", True))  # Conv2dSame has no such flag
 
     def _apply_kernel(
@@ -75,7 +76,7 @@ class _SamePadding(BinaryConv2d):
         bias: Tensor | None,
         output_size: Sequence[int] | None,
     ) -> Tensor:
-        if self._is_dynamic():
+        if self.pads_to_same:
             input = pad_same(input, self.kernel_size, self.stride, self.dilation)
         return super()._apply_kernel(input, weight, bias, output_size)
 

@@ -27,6 +27,7 @@ _WRAPPERS = {
     "torch.distributed.fsdp.FSDPModule": "sharded by fully_shard",
     "torch._dynamo.eval_frame.OptimizedModule": "compiled by torch.compile",
 }
+_PACKED = "el_convert.packed.PackedConv"
 _UNTRACED = "; what surrounds it does not trace: name it in keep= if it gives the output"
 NORMS = (
     nn.BatchNorm1d,
@@ -199,7 +200,7 @@ def _refuse_unconvertible(model: nn.Module) -> None:
             raise ConversionError(
                 f"{where} is compiled: binarize the model first, compile it after"
             )
-        if isinstance(module, BinaryLayer):
+        if isinstance(module, BinaryLayer) or dotted_name(type(module)) == _PACKED:
             raise ConversionError(
                 f"{where} is a binary convolution: this model is binarized already; "
                 "start from the float model"

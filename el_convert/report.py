@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from el_convert.calls import FunctionalConv
 from el_convert.convert import conversion_of
 from el_convert.errors import ConversionError
 from el_convert.nn import BinaryLayer
+from el_convert.packed import PackedConv
 from el_convert.planning import Conversion, Decision
 from el_convert.tracing import is_convolution, undisturbed
 from el_convert.zoo import input_spec, source_of
@@ -223,6 +224,10 @@ def _conversion(model: nn.Module) -> Conversion | None:
         return None
 
 
+def _is_binary(module: nn.Module) -> TypeGuard[BinaryLayer | PackedConv]:
+    return isinstance(module, (BinaryLayer, PackedConv))
+
+
 def _weighted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if is_convolution(module) or isinstance(module, nn.Linear):
@@ -271,7 +276,7 @@ def _record(
         moved = inputs[0].numel() if transposed else output.numel()
         partners = module.out_channels if transposed else module.in_channels
         call.macs += moved * partners // module.groups * math.prod(module.kernel_size)
-        if isinstance(module, BinaryLayer) and module.link is not None:
+        if _is_binary(module) and module.link is not None:
             call.link_macs += output.numel()
 
 
@@ -280,8 +285,8 @@ def _layer(
 ) -> LayerSummary:
     call = _Calls() if calls is None else calls.get(id(module), _Calls())
     counted = calls is not None
-    binary = isinstance(module, BinaryLayer) and _is_one_bit(module)
-    link = module.link if isinstance(module, BinaryLayer) else None
+    binary = _is_binary(module) and _is_one_bit(module)
+    link = module.link if _is_binary(module) else None
     stored = sum(map(_bytes, (*module.parameters(), *module.buffers())))
     kinds = (link.kind, link.spatial_kind) if link is not None else ()
     return LayerSummary(
@@ -300,7 +305,7 @@ def _layer(
     )
 
 
-def _is_one_bit(layer: BinaryLayer) -> bool:
+def _is_one_bit(layer: BinaryLayer | PackedConv) -> bool:
     return layer.recipe.input.binary and layer.recipe.weight.binary
 
 

@@ -27,6 +27,7 @@ from el_convert.errors import first_line
 _CONVOLUTION_CLASSES = {
     "timm.layers.cond_conv2d.CondConv2d",
     "el_convert.nn_timm.BinaryCondConv2d",
+    "el_convert.packed.PackedConv",
 }
 CONVOLUTION_FUNCTIONS = frozenset(
     [*(f"conv{size}d" for size in (1, 2, 3)), *(f"conv_transpose{size}d" for size in (1, 2, 3))]
@@ -147,10 +148,10 @@ def dotted_name(kind: type) -> str:
 
 
 def is_convolution(module: nn.Module | None) -> TypeGuard[_ConvNd]:
-    """Whether a module is a convolution: torch's, a subclass, or timm's CondConv2d.
+    """Whether a module is a convolution: torch's, a subclass, timm's CondConv2d, or a packed one.
 
-    The last has the attributes of torch's classes except `transposed`, `output_padding` and
-    `padding_mode`.
+    CondConv2d has the attributes of torch's classes except `transposed`, `output_padding` and
+    `padding_mode`; a packed one has no `weight`.
     """
     return isinstance(module, _ConvNd) or dotted_name(type(module)) in _CONVOLUTION_CLASSES
 

@@ -32,6 +32,7 @@ def _patterns_restored() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_patterns_restored")
+@pytest.mark.filterwarnings("ignore:the model looks untrained")  # the README trains nothing
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "readme"}

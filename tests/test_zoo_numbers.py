@@ -19,6 +19,7 @@ from el_convert.convert import binarize, conversion_of
 from el_convert.errors import ConversionError
 from el_convert.graphs import link_nodes, to_graph
 from el_convert.link import ElasticLink
+from el_convert.packed import PackedConv, pack
 from el_convert.planning import plan
 from el_convert.zoo import create, find_source
 
@@ -26,6 +27,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::FutureWarning:torchvision"),
     pytest.mark.filterwarnings("ignore::UserWarning:torchvision"),
+    pytest.mark.filterwarnings("ignore:the model"),  # untrained, and packed all the same
 ]
 PARAMS = [pytest.param(t, id=t.name, marks=pytest.mark.xdist_group(t.name)) for t in TRIALS]
 
@@ -167,6 +169,12 @@ def test_9_a_saved_model_agrees(
     again = load(tmp_path / "bnn.pt", model=None if source else model)
     assert type(again) is type(binary)
     assert same(run(again, trial.inputs()), run(binary, trial.inputs()))
+
+
+def test_9_a_packed_model_agrees(trial: Trial, binary: nn.Module) -> None:
+    packed = pack(binary.eval())
+    assert any(isinstance(module, PackedConv) for module in packed.modules())
+    assert same(run(packed, trial.inputs()), run(binary, trial.inputs()))
 
 
 def test_every_class_is_tried() -> None:
