@@ -164,10 +164,10 @@ def exchange(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
             parent, _, name = path.rpartition(".")
             setattr(modules[parent], name, new[id(module)])
     for module in dict.fromkeys(modules.values()):
-        _with_new(module.__dict__, new)
+        _with_new(module.__dict__, new, set())
 
 
-def _with_new(value: Any, new: Mapping[int, nn.Module]) -> Any:
+def _with_new(value: Any, new: Mapping[int, nn.Module], seen: set[int]) -> Any:
     """The value with replaced modules exchanged in plain containers, in place where that can be.
 
     Some models hold a layer in a list too, or its bound forward, and call it through that.
@@ -176,12 +176,15 @@ def _with_new(value: Any, new: Mapping[int, nn.Module]) -> Any:
         return new.get(id(value), value)
     if isinstance(value, types.MethodType) and id(value.__self__) in new:
         return getattr(new[id(value.__self__)], value.__name__)
+    if type(value) is tuple:
+        return tuple(_with_new(part, new, seen) for part in value)
+    if type(value) not in (dict, list) or id(value) in seen:
+        return value
+    seen.add(id(value))  # containers may hold themselves
     if type(value) is dict:
-        value.update({key: _with_new(part, new) for key, part in value.items()})
-    elif type(value) is list:
-        value[:] = [_with_new(part, new) for part in value]
-    elif type(value) is tuple:
-        return tuple(_with_new(part, new) for part in value)
+        value.update({key: _with_new(part, new, seen) for key, part in value.items()})
+    else:
+        value[:] = [_with_new(part, new, seen) for part in value]
     return value
 
 

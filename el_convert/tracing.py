@@ -226,21 +226,23 @@ def structure_copy(model: nn.Module) -> nn.Module:
         The copy; the model itself where something in it refuses to be copied.
     """
     memo: dict[int, Any] = {}
+    seen: set[int] = set()
     for module in model.modules():
-        _share_tensors(vars(module), memo)
+        _share_tensors(vars(module), memo, seen)
     try:
         return copy.deepcopy(model, memo)
     except Exception:  # any attribute may refuse; the model then serves as its own copy
         return model
 
 
-def _share_tensors(value: Any, memo: dict[int, Any]) -> None:
+def _share_tensors(value: Any, memo: dict[int, Any], seen: set[int]) -> None:
     """Tell a deep copy to keep every tensor in nested plain containers."""
     if isinstance(value, torch.Tensor):
         memo[id(value)] = value
-    elif isinstance(value, (dict, list, tuple, set)):
+    elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
+        seen.add(id(value))  # containers may hold themselves
         for part in value.values() if isinstance(value, dict) else value:
-            _share_tensors(part, memo)
+            _share_tensors(part, memo, seen)
 
 
 def trace_regions(model: nn.Module) -> list[Region]:

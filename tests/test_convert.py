@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -179,3 +180,18 @@ def test_shared_convolutions_stay_shared() -> None:
 def test_a_float_model_has_no_conversion() -> None:
     with pytest.raises(ConversionError, match="not a binarized model"):
         conversion_of(nn.Linear(2, 2))
+
+
+def test_containers_that_hold_themselves() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    inner: list[Any] = [model[1]]
+    inner.append(inner)
+    pair = (model[1], "twice")
+    model.pair, model.pair_again = pair, pair  # type: ignore[assignment]
+    model.listed = inner  # type: ignore[assignment]
+    binary = binarize(model)
+    listed: Any = binary.listed
+    assert listed[0] is binary[1]
+    assert listed[1] is listed
+    assert binary.pair[0] is binary.pair_again[0] is binary[1]  # type: ignore[index]
+    assert inner[0] is model[1]
