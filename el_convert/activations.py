@@ -19,7 +19,7 @@ from el_convert.facts import (
 from el_convert.nn import RPReLU
 from el_convert.recipes import ActivationOptions
 from el_convert.sites import Site, producer
-from el_convert.tracing import join
+from el_convert.tracing import has_forward_hooks, has_parameters, join
 
 # By name: timm has its own classes of these names. Gates (sigmoid, tanh) are none of them.
 REPLACEABLE = {
@@ -82,7 +82,7 @@ def _feeding(facts: GraphFacts, conv: fx.Node) -> list[fx.Node]:
             found.append(node)
             return ()
         module = facts.module(node)
-        bare = module is not None and not any(True for _ in module.parameters())
+        bare = module is not None and not has_parameters(module)
         if bare or name_of(node) in _PASSES:
             # A pooled factor of a product is a gate.
             return [value for value in tensor_inputs(node) if not facts.of[value].pooled]
@@ -107,7 +107,7 @@ def _change(
     wanted_kind = type(module) in RELU_FAMILY if options.which == "relu" else kind in REPLACEABLE
     if not wanted_kind:
         return None
-    if module._forward_hooks or module._forward_pre_hooks:
+    if has_forward_hooks(module):
         return ActivationChange(path, kind, "leave", reason="it has hooks")
     if options.replacement == "identity":
         return ActivationChange(path, kind, "replace", "identity")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from el_convert.activations import build_activation
-from el_convert.errors import ConversionError
+from el_convert.errors import ConversionError, first_few
 from el_convert.nn import BinaryLayer
 from el_convert.patterns import find_pattern
 from el_convert.planning import (
@@ -202,10 +202,8 @@ def _refuse_empty(model: nn.Module, conversion: Conversion) -> None:
     )
 
 
-def _some_reasons(decisions: Sequence[Decision], count: int = 3) -> str:
-    named = [f"{decision.path}: {decision.reason}" for decision in decisions[:count]]
-    more = [f"and {len(decisions) - count} more"] if len(decisions) > count else []
-    return "; ".join(named + more)
+def _some_reasons(decisions: Sequence[Decision]) -> str:
+    return first_few(f"{decision.path}: {decision.reason}" for decision in decisions)
 
 
 def conversion_of(model: nn.Module) -> Conversion:

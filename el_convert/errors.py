@@ -51,6 +51,13 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0]
 
 
+def first_few(items: Iterable[str], count: int = 3) -> str:
+    """ "a; b; c; and 2 more"."""
+    listed = list(items)
+    more = [f"and {len(listed) - count} more"] if len(listed) > count else []
+    return "; ".join(listed[:count] + more)
+
+
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> tuple[str, ...]:
     """The up to `count` names most like `name`, best first."""
     candidates = sorted(set(known))

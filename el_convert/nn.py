@@ -32,7 +32,100 @@ _TORCH_KINDS = (
 LayerT = TypeVar("LayerT", bound="BinaryLayer")
 
 
-class BinaryLayer(nn.Module):
+class OneBitLayer(nn.Module):
+    """The arithmetic that binary layers and packed ones share.
+
+    Attributes:
+        recipe: the choices it was made with.
+        threshold: (C_in,) or None.
+        norm: a norm moved between convolution and link (`link.place=after-norm`), or None.
+        link: the gate, or None.
+    """
+
+    recipe: Recipe
+    threshold: Tensor | None
+    norm: nn.Module | None
+    link: ElasticLink | None
+    bias: Tensor | None
+    in_channels: int
+    out_channels: int
+    groups: int
+    kernel_size: tuple[int, ...]
+
+    def _channelwise(self, values: Tensor) -> Tensor:
+        return values.view(-1, *[1] * len(self.kernel_size))
+
+    def _binary_input(self, input: Tensor) -> Tensor:
+        if not self.recipe.input.binary:
+            return input
+        if self.threshold is not None:
+            input = input - self._channelwise(self.threshold)
+        return binarize_ste(input, self.recipe.input.gradient)
+
+    def _finish(self, input: Tensor, output: Tensor) -> Tensor:
+        """What follows the convolution: a norm that moved inside, then the gate."""
+        if self.norm is not None:
+            output = self.norm(output)
+        return output if self.link is None else self.link(input, output)
+
+
+class OneBitConv(OneBitLayer):
+    """Of these, the ones with one kernel for all samples."""
+
+    def _scaled(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        output_size: Sequence[int] | None,
+    ) -> Tensor:
+        """The convolution of the input's signs, its scales and its bias."""
+        output = self._apply_kernel(self._binary_input(input), weight, None, output_size)
+        if scale is not None:
+            output = output * self._channelwise(scale)
+        if self.recipe.input.scale == "xnor":
+            output = output * self._activation_scale(input, output_size)
+        return output if self.bias is None else output + self._channelwise(self.bias)
+
+    def _activation_scale(self, input: Tensor, output_size: Sequence[int] | None) -> Tensor:
+        def box_filter(magnitude: Tensor, taps: Tensor) -> Tensor:
+            return self._apply_kernel(magnitude, taps, None, output_size)
+
+        return xnor_activation_scale(
+            input, self.out_channels, self.groups, box_filter, self.kernel_size
+        )
+
+    def _apply_kernel(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        output_size: Sequence[int] | None,
+    ) -> Tensor:
+        raise NotImplementedError
+
+
+def transposed_convolution(
+    layer: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_size: Sequence[int] | None,
+) -> Tensor:
+    """A transposed convolution of a layer's geometry, `output_size` as in torch."""
+    dims = len(layer.kernel_size)
+    size = None if output_size is None else list(output_size)
+    # Of the layer it reads `output_padding` alone.
+    output_padding: Any = _ConvTransposeNd._output_padding
+    geometry = (layer.stride, layer.padding, layer.kernel_size, dims, layer.dilation)
+    padding = output_padding(layer, input, size, *geometry)
+    transpose: Callable[..., Tensor] = _TRANSPOSES[dims - 1]
+    return transpose(
+        input, weight, bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation
+    )
+
+
+class BinaryLayer(OneBitLayer):
     """What every binary layer has, whichever class of convolution it comes from.
 
     Attributes:
@@ -46,17 +139,9 @@ class BinaryLayer(nn.Module):
 
     packs: ClassVar[bool] = True
     _needs: ClassVar[tuple[str, ...]] = ()
-    recipe: Recipe
     threshold: nn.Parameter | None
     learned_scale: nn.Parameter | None
-    norm: nn.Module | None
-    link: ElasticLink | None
     weight: Tensor
-    bias: Tensor | None
-    in_channels: int
-    out_channels: int
-    groups: int
-    kernel_size: tuple[int, ...]
 
     @classmethod
     def from_float(cls: type[LayerT], conv: nn.Module, recipe: Recipe | str) -> LayerT:
@@ -132,24 +217,8 @@ class BinaryLayer(nn.Module):
     def _mean_scale(self, weight: Tensor) -> Tensor:
         return weight_scale(weight)
 
-    def _channelwise(self, values: Tensor) -> Tensor:
-        return values.view(-1, *[1] * len(self.kernel_size))
 
-    def _binary_input(self, input: Tensor) -> Tensor:
-        if not self.recipe.input.binary:
-            return input
-        if self.threshold is not None:
-            input = input - self._channelwise(self.threshold)
-        return binarize_ste(input, self.recipe.input.gradient)
-
-    def _finish(self, input: Tensor, output: Tensor) -> Tensor:
-        """What follows the convolution: a norm that moved inside, then the gate."""
-        if self.norm is not None:
-            output = self.norm(output)
-        return output if self.link is None else self.link(input, output)
-
-
-class BinaryConv(BinaryLayer, _ConvNd):
+class BinaryConv(BinaryLayer, OneBitConv, _ConvNd):
     r"""What all binary convolutions share; use the subclass of the dimension you need.
 
     .. math:: y = s \cdot \text{conv}(\text{pad}_0(b(x - t)), b(w)) + \text{bias}, \qquad
@@ -200,27 +269,12 @@ class BinaryConv(BinaryLayer, _ConvNd):
         return weight_scale(weight, groups=self.groups, transposed=self.transposed)
 
     def _binary_output(self, input: Tensor, output_size: Sequence[int] | None) -> Tensor:
-        signs, latent = self._binary_input(input), self.latent_weight()
+        weight = latent = self.latent_weight()
         if not self.recipe.weight.binary and self.recipe.input.scale == "none":
-            return self._apply_kernel(signs, latent, self.bias, output_size)
-        weight = latent
+            return self._apply_kernel(self._binary_input(input), latent, self.bias, output_size)
         if self.recipe.weight.binary:
             weight = binarize_ste(latent, self.recipe.weight.gradient)
-        output = self._apply_kernel(signs, weight, None, output_size)
-        scale = self.output_scale(latent)
-        if scale is not None:
-            output = output * self._channelwise(scale)
-        if self.recipe.input.scale == "xnor":
-            output = output * self._activation_scale(input, output_size)
-        return output if self.bias is None else output + self._channelwise(self.bias)
-
-    def _activation_scale(self, input: Tensor, output_size: Sequence[int] | None) -> Tensor:
-        def box_filter(magnitude: Tensor, taps: Tensor) -> Tensor:
-            return self._apply_kernel(magnitude, taps, None, output_size)
-
-        return xnor_activation_scale(
-            input, self.out_channels, self.groups, box_filter, self.kernel_size
-        )
+        return self._scaled(input, weight, self.output_scale(latent), output_size)
 
     def _apply_kernel(
         self,
@@ -250,14 +304,7 @@ class _BinaryConvTranspose(BinaryConv, _ConvTransposeNd):
         bias: Tensor | None,
         output_size: Sequence[int] | None,
     ) -> Tensor:
-        dims = len(self.kernel_size)
-        size = None if output_size is None else list(output_size)
-        geometry: Any = (self.stride, self.padding, self.kernel_size, dims, self.dilation)
-        padding = self._output_padding(input, size, *geometry)
-        transpose: Callable[..., Tensor] = _TRANSPOSES[dims - 1]
-        return transpose(
-            input, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation
-        )
+        return transposed_convolution(self, input, weight, bias, output_size)
 
 
 class BinaryConv1d(BinaryConv, nn.Conv1d):

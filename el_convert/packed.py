@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from el_convert.convert import conversion_of, copy_model, exchange, record
 from el_convert.errors import ConversionError
-from el_convert.functional import (
-    binarize_ste,
-    pack_bits,
-    pad_same,
-    unpack_bits,
-    xnor_activation_scale,
-)
-from el_convert.link import ElasticLink
-from el_convert.nn import BinaryConv, BinaryLayer
+from el_convert.functional import pack_bits, pad_same, unpack_bits
+from el_convert.nn import BinaryConv, BinaryLayer, OneBitConv, transposed_convolution
 
 _CONVOLVE: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
-_TRANSPOSE: tuple[Any, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 _GEOMETRY = (
     "in_channels",
     "out_channels",
@@ -41,7 +33,7 @@ _GEOMETRY = (
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-class PackedConv(nn.Module):
+class PackedConv(OneBitConv):
     r"""A binary convolution of any kind for inference: bit for bit what `BinaryConv` computes.
 
     .. math:: y = s \cdot \text{conv}(\text{pad}_0(b(x - t)), \pm 1) + \text{bias}, \qquad
@@ -73,17 +65,11 @@ class PackedConv(nn.Module):
 
     bits: Tensor
     scale: Tensor | None
-    bias: Tensor | None
-    threshold: Tensor | None
-    in_channels: int
-    out_channels: int
-    kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...] | str
     dilation: tuple[int, ...]
     transposed: bool
     output_padding: tuple[int, ...]
-    groups: int
     padding_mode: str
 
     def __init__(self, layer: BinaryConv) -> None:
@@ -104,7 +90,7 @@ class PackedConv(nn.Module):
         self.register_buffer("threshold", None if threshold is None else threshold.detach())
         self._border = getattr(layer, "_reversed_padding_repeated_twice", [])
         self.norm = layer.norm
-        self.link: ElasticLink | None = layer.link
+        self.link = layer.link
         self.train(layer.training)
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
@@ -112,58 +98,30 @@ class PackedConv(nn.Module):
             raise ConversionError(
                 "a packed layer does not train: call eval(), or train the model it was packed from"
             )
-        signs = input
-        if self.recipe.input.binary:
-            if self.threshold is not None:
-                signs = signs - self._channelwise(self.threshold)
-            signs = binarize_ste(signs)
-        output = self._convolve(signs, self.signs(input.dtype), output_size)
-        if self.scale is not None:
-            output = output * self._channelwise(self.scale)
-        if self.recipe.input.scale == "xnor":
-            output = output * self._activation_scale(input, output_size)
-        if self.bias is not None:
-            output = output + self._channelwise(self.bias)
-        if self.norm is not None:
-            output = self.norm(output)
-        return output if self.link is None else self.link(input, output)
+        weight = self.signs(input.dtype)
+        return self._finish(input, self._scaled(input, weight, self.scale, output_size))
 
     def signs(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as +1 and -1, of the shape it was trained in."""
         count = torch.Size(self.latent_shape[1:]).numel()
         return unpack_bits(self.bits, count, dtype).view(self.latent_shape)
 
-    def _channelwise(self, values: Tensor) -> Tensor:
-        return values.view(-1, *[1] * len(self.kernel_size))
-
-    def _activation_scale(self, input: Tensor, output_size: Sequence[int] | None) -> Tensor:
-        def box_filter(magnitude: Tensor, taps: Tensor) -> Tensor:
-            return self._convolve(magnitude, taps, output_size)
-
-        return xnor_activation_scale(
-            input, self.out_channels, self.groups, box_filter, self.kernel_size
-        )
-
-    def _convolve(self, input: Tensor, weight: Tensor, size: Sequence[int] | None) -> Tensor:
-        dims = len(self.kernel_size)
-        output: Tensor
+    def _apply_kernel(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        output_size: Sequence[int] | None,
+    ) -> Tensor:
         if self.transposed:
-            # Of `self` it reads `output_padding` alone.
-            output_padding: Any = _ConvTransposeNd._output_padding
-            wanted = None if size is None else list(size)
-            geometry: Any = (self.stride, self.padding, self.kernel_size, dims, self.dilation)
-            more = output_padding(self, input, wanted, *geometry)
-            geometry = (self.stride, self.padding, more, self.groups, self.dilation)
-            output = _TRANSPOSE[dims - 1](input, weight, None, *geometry)
-            return output
+            return transposed_convolution(self, input, weight, bias, output_size)
         padding: Any = self.padding
         if self.same_padding:
             input = pad_same(input, self.kernel_size, self.stride, self.dilation)
         elif self.padding_mode != "zeros":
             input, padding = F.pad(input, self._border, mode=self.padding_mode), 0
-        geometry = (self.stride, padding, self.dilation, self.groups)
-        output = _CONVOLVE[dims - 1](input, weight, None, *geometry)
-        return output
+        convolve: Callable[..., Tensor] = _CONVOLVE[len(self.kernel_size) - 1]
+        return convolve(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         shape: str = _ConvNd.extra_repr(self)  # type: ignore[arg-type, no-untyped-call]
@@ -202,8 +160,7 @@ def pack(model: ModelT, *, inplace: bool = False) -> ModelT:
     conversion_of(model)
     if any(isinstance(module, PackedConv) for module in model.modules()):
         raise ConversionError(f"{type(model).__name__} is packed already")
-    paths = [path for path, m in model.named_modules(remove_duplicate=False) if packable(m)]
-    if not paths:
+    if not any(map(packable, model.modules())):
         raise ConversionError(
             f"{type(model).__name__} has nothing to pack: no convolution has 1-bit weights"
         )
@@ -218,8 +175,7 @@ def pack_layers(model: ModelT) -> ModelT:
     Returns:
         `model`; where the model is itself a convolution, the layer in its place.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    new = {id(m): PackedConv(m) for m in dict.fromkeys(modules.values()) if packable(m)}
+    new = {id(module): PackedConv(module) for module in model.modules() if packable(module)}
     exchange(model, new)
     if id(model) in new:
         return cast(ModelT, record(new[id(model)], conversion_of(model)))

@@ -13,12 +13,12 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from el_convert.activations import ActivationChange, plan_activations
 from el_convert.calls import FunctionalConv
-from el_convert.errors import ConversionError, UnknownNameError
-from el_convert.nn import BinaryLayer
+from el_convert.errors import ConversionError, UnknownNameError, first_few
+from el_convert.nn import OneBitLayer
 from el_convert.patterns import KEPT_BY_NAME, Action, find_pattern, first_match
 from el_convert.recipes import Recipe, find_recipe
 from el_convert.sites import Site, survey
-from el_convert.tracing import dotted_name, is_convolution
+from el_convert.tracing import dotted_name, has_forward_hooks, is_convolution
 
 _WRAPPERS = {
     "torch.nn.parallel.data_parallel.DataParallel": "wrapped in DataParallel",
@@ -27,7 +27,6 @@ _WRAPPERS = {
     "torch.distributed.fsdp.FSDPModule": "sharded by fully_shard",
     "torch._dynamo.eval_frame.OptimizedModule": "compiled by torch.compile",
 }
-_PACKED = "el_convert.packed.PackedConv"
 _UNTRACED = "; what surrounds it does not trace: name it in keep= if it gives the output"
 NORMS = (
     nn.BatchNorm1d,
@@ -121,9 +120,9 @@ def plan(
 
 def functional_notice(calls: Sequence[FunctionalConv]) -> str:
     """What to say of convolutions that are no modules."""
-    named = "; ".join(map(str, calls[:3])) + (f"; and {len(calls) - 3} more" * (len(calls) > 3))
     return (
-        f"convolutions left in float, as they are calls in a forward and no modules: {named}. "
+        "convolutions left in float, as they are calls in a forward and no modules: "
+        f"{first_few(map(str, calls))}. "
         "Put nn.Conv2d or its like in their place to have them binarized"
     )
 
@@ -200,7 +199,7 @@ def _refuse_unconvertible(model: nn.Module) -> None:
             raise ConversionError(
                 f"{where} is compiled: binarize the model first, compile it after"
             )
-        if isinstance(module, BinaryLayer) or dotted_name(type(module)) == _PACKED:
+        if isinstance(module, OneBitLayer):
             raise ConversionError(
                 f"{where} is a binary convolution: this model is binarized already; "
                 "start from the float model"
@@ -229,7 +228,7 @@ def _movable_norms(sites: Sequence[Site]) -> dict[str, str]:
         facts, _ = site.uses[0]
         (node,) = site.consumers
         norm = facts.module(node)
-        plain = type(norm) in NORMS and not (norm._forward_hooks or norm._forward_pre_hooks)  # type: ignore[union-attr]
+        plain = norm is not None and type(norm) in NORMS and not has_forward_hooks(norm)
         calls = sum(facts.module(other) is norm for other in facts.position) if plain else 0
         if calls == 1 and not facts.region.path:
             moves[site.path] = str(node.target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,7 @@ from el_convert.activations import ActivationChange
 from el_convert.calls import FunctionalConv
 from el_convert.convert import conversion_of
 from el_convert.errors import ConversionError
-from el_convert.nn import BinaryLayer
-from el_convert.packed import PackedConv
+from el_convert.nn import BinaryLayer, OneBitLayer
 from el_convert.planning import Conversion, Decision
 from el_convert.tracing import is_convolution, undisturbed
 from el_convert.zoo import input_spec, source_of
@@ -224,10 +223,6 @@ def _conversion(model: nn.Module) -> Conversion | None:
         return None
 
 
-def _is_binary(module: nn.Module) -> TypeGuard[BinaryLayer | PackedConv]:
-    return isinstance(module, (BinaryLayer, PackedConv))
-
-
 def _weighted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if is_convolution(module) or isinstance(module, nn.Linear):
@@ -276,7 +271,7 @@ def _record(
         moved = inputs[0].numel() if transposed else output.numel()
         partners = module.out_channels if transposed else module.in_channels
         call.macs += moved * partners // module.groups * math.prod(module.kernel_size)
-        if _is_binary(module) and module.link is not None:
+        if isinstance(module, OneBitLayer) and module.link is not None:
             call.link_macs += output.numel()
 
 
@@ -285,8 +280,8 @@ def _layer(
 ) -> LayerSummary:
     call = _Calls() if calls is None else calls.get(id(module), _Calls())
     counted = calls is not None
-    binary = _is_binary(module) and _is_one_bit(module)
-    link = module.link if _is_binary(module) else None
+    binary = isinstance(module, OneBitLayer) and _is_one_bit(module)
+    link = module.link if isinstance(module, OneBitLayer) else None
     stored = sum(map(_bytes, (*module.parameters(), *module.buffers())))
     kinds = (link.kind, link.spatial_kind) if link is not None else ()
     return LayerSummary(
@@ -305,7 +300,7 @@ def _layer(
     )
 
 
-def _is_one_bit(layer: BinaryLayer | PackedConv) -> bool:
+def _is_one_bit(layer: OneBitLayer) -> bool:
     return layer.recipe.input.binary and layer.recipe.weight.binary
 
 

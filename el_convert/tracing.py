@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,9 +36,7 @@ CONVOLUTION_FUNCTIONS = frozenset(
 """Functions of torch and torch.nn.functional that convolve."""
 CALLED_AT = "el_convert_called_at"
 """Key in a node's meta: (path of the module in whose forward a function convolves, file:line)."""
-_TORCH_HOME = str(Path(torch.__file__).parent / "_")[
-    :-1
-]  # ends in a separator: torchvision is none
+_TORCH_HOME = str(Path(torch.__file__).parent) + os.sep  # torchvision does not begin so
 _PRIMITIVES = (bool, int, float, str, type(None))
 
 

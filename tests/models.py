@@ -78,10 +78,6 @@ def first_tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def all_tensors(output: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    return [output] if isinstance(output, Tensor) else list(output)
-
-
 def flat_tensors(output: Any) -> list[Tensor]:
     """Every floating-point tensor of a nested output, in order."""
     if isinstance(output, Tensor):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CASES, Case, all_tensors
+from models import CASES, Case, flat_tensors
 from torch import Tensor, nn
 
 from el_convert import RECIPES, binarize, summarize
@@ -223,4 +223,4 @@ def test_mixed_kernels_stay_as_they_are() -> None:
     packed, x = pack(model), torch.randn(1, 3, 64, 64)
     kinds = {type(module).__name__ for module in packed.modules()}
     assert {"PackedConv", "BinaryCondConv2d"} <= kinds
-    assert torch.equal(all_tensors(packed(x))[0], all_tensors(model(x))[0])
+    assert torch.equal(flat_tensors(packed(x))[0], flat_tensors(model(x))[0])

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from models import CASES, Case, all_tensors
+from models import CASES, Case, flat_tensors
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -61,7 +61,7 @@ def run(model: nn.Module, input: Tensor, train: bool = False, seed: int = 3) -> 
     model.train(train)
     torch.manual_seed(seed)
     with torch.no_grad():
-        return all_tensors(model(input))
+        return flat_tensors(model(input))
 
 
 def same(left: list[Tensor], right: list[Tensor]) -> bool:
@@ -148,7 +148,7 @@ def test_6_whatever_had_a_gradient_has_one(case: Case, model: nn.Module, binary:
     def graded(network: nn.Module) -> set[str]:
         trial = copy.deepcopy(network).train()
         torch.manual_seed(0)
-        loss = sum(output.square().sum() for output in all_tensors(trial(case.input())))
+        loss = sum(output.square().sum() for output in flat_tensors(trial(case.input())))
         assert isinstance(loss, Tensor)
         loss.backward()
         named = list(trial.named_parameters())

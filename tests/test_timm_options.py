@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from models import all_tensors, seed_norms
+from models import flat_tensors, seed_norms
 from timm.layers import BlurPool2d
 from torch import Tensor, nn
 
@@ -58,7 +58,7 @@ def test_options_convert_and_identity_agrees(name: str, options: dict[str, Any])
             network.train(train)
             torch.manual_seed(1)
             with torch.no_grad():
-                outputs.append(all_tensors(network(input)))
+                outputs.append(flat_tensors(network(input)))
         assert len(outputs[0]) == len(outputs[1])
         assert all(map(torch.equal, *outputs))
 
@@ -69,7 +69,7 @@ def test_options_train(name: str, options: dict[str, Any]) -> None:
     model = timm.create_model(name, **options)
     binary = binarize(model)
     assert type(binary) is type(model)
-    outputs = all_tensors(binary(image(model, options)))
+    outputs = flat_tensors(binary(image(model, options)))
     loss = sum(output.square().mean() for output in outputs)
     assert isinstance(loss, Tensor)
     loss.backward()

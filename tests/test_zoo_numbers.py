@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,8 @@ def trial(request: pytest.FixtureRequest) -> Trial:
 
 
 @pytest.fixture(scope="module")
-def model(trial: Trial) -> Iterator[nn.Module]:
-    yield trial.build()
+def model(trial: Trial) -> nn.Module:
+    return trial.build()
 
 
 @pytest.fixture(scope="module")
