@@ -33,7 +33,8 @@ if TYPE_CHECKING:
         BinaryConvTranspose3d,
         RPReLU,
     )
-    from el_convert.packed import PackedConv, pack
+    from el_convert.packed import PackedConv
+    from el_convert.packing import pack
     from el_convert.patterns import Pattern, register_pattern, unregister_pattern
     from el_convert.planning import Decision, plan
     from el_convert.recipes import RECIPES, Recipe, RecipeError
@@ -64,7 +65,7 @@ _HOME = {
     "UnknownNameError": "errors",
     "binarize": "convert",
     "load": "checkpoint",
-    "pack": "packed",
+    "pack": "packing",
     "plan": "planning",
     "register_pattern": "patterns",
     "save": "checkpoint",

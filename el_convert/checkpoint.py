@@ -17,7 +17,8 @@ from el_convert.atomic import replace_file
 from el_convert.convert import apply, conversion_of, copy_model, floating_dtype
 from el_convert.errors import CheckpointError, ElConvertError, UnknownNameError
 from el_convert.header import KEY, Header, geometry_of, parse_header, write_header
-from el_convert.packed import PackedConv, pack_layers
+from el_convert.packed import PackedConv
+from el_convert.packing import pack_layers
 from el_convert.patterns import find_pattern
 from el_convert.planning import NORMS, Conversion
 from el_convert.state import check_tensors, difference, gather, restored, shapes

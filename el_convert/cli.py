@@ -270,7 +270,7 @@ def pack(file: Path, out: Path, half: bool) -> None:
     check_output(out)
     with _step("loading torch"):
         from el_convert.checkpoint import load, save
-        from el_convert.packed import pack
+        from el_convert.packing import pack
     with _errors():
         with _step(f"reading {file}"):
             model = load(file).eval()

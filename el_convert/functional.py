@@ -162,12 +162,27 @@ def pad_same(
         options = (kernel_size, stride, dilation)
         traced: Tensor = handle_torch_function(pad_same, (input,), input, *options)
         return traced
+    return F.pad(input, same_padding(input.shape, kernel_size, stride, dilation))
+
+
+def same_padding(
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """What `pad_same` adds, in the order of `F.pad`: the last dimension first, each at both ends.
+
+    Args:
+        size: of the input; the last dimensions count.
+        kernel_size, stride, dilation: per spatial dimension.
+    """
     pads: list[int] = []
-    sizes = input.shape[-len(kernel_size) :]
+    sizes = size[-len(kernel_size) :]
     for n, k, s, d in zip(sizes, kernel_size, stride, dilation, strict=True):
         total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
-        pads = [total // 2, total - total // 2, *pads]  # F.pad: last dimension first
-    return F.pad(input, pads)
+        pads = [total // 2, total - total // 2, *pads]
+    return pads
 
 
 def pack_bits(values: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx, nn
@@ -57,7 +57,7 @@ def to_graph(model: nn.Module) -> fx.GraphModule:
     """
     twin = structure_copy(model)
     with same_attributes(twin):
-        part = _trace(twin)
+        part = trace_module(twin, is_graph_leaf)
     if isinstance(part, str):
         raise ConversionError(
             f"the forward of {type(model).__name__} does not trace ({part}): "
@@ -73,9 +73,17 @@ def is_graph_leaf(module: nn.Module) -> bool:
     return is_convolution(module) or not holds_convolution(module)
 
 
-def _trace(module: nn.Module) -> fx.GraphModule | str:
-    """A GraphModule, or why the forward does not trace."""
-    tracer = ConvTracer(is_graph_leaf, keep_hooked=True)
+def trace_module(
+    module: nn.Module, is_leaf: Callable[[nn.Module], bool]
+) -> fx.GraphModule | str:
+    """A GraphModule of the module's mode, or why its forward does not trace.
+
+    Args:
+        module: may get proxies as attributes.
+        is_leaf: which modules become one node. Of others that do not trace, the traceable
+            children become GraphModules.
+    """
+    tracer = ConvTracer(is_leaf, keep_hooked=True)
     try:
         graph = tracer.trace(module)
     except Exception as error:  # whatever a forward raises on proxies; the caller reports it
@@ -88,18 +96,18 @@ def _trace(module: nn.Module) -> fx.GraphModule | str:
             setattr(result, name, value)
     result.train(module.training)
     for path in tracer.opened:
-        result.set_submodule(path, _opened(module.get_submodule(path)))
+        result.set_submodule(path, _opened(module.get_submodule(path), is_leaf))
     return result
 
 
-def _opened(module: nn.Module) -> nn.Module:
+def _opened(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> nn.Module:
     """A shallow copy of a module that does not trace, with the children that do as graphs."""
     shell = copy.copy(module)
     shell._modules = dict(module._modules)
     for name, child in module.named_children():
-        if not is_graph_leaf(child):
-            part = _trace(child)
-            shell._modules[name] = _opened(child) if isinstance(part, str) else part
+        if not is_leaf(child):
+            part = trace_module(child, is_leaf)
+            shell._modules[name] = _opened(child, is_leaf) if isinstance(part, str) else part
     return shell
 
 

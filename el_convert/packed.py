@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from el_convert.convert import conversion_of, copy_model, exchange, record
 from el_convert.errors import ConversionError
-from el_convert.functional import pack_bits, pad_same, unpack_bits
-from el_convert.nn import BinaryConv, BinaryLayer, OneBitConv, transposed_convolution
+from el_convert.fast_path import FastPath
+from el_convert.functional import pack_bits, pad_same, same_padding, unpack_bits
+from el_convert.kernels import ConvGeometry, binary_conv2d
+from el_convert.nn import BinaryConv, OneBitConv, transposed_convolution
 
 _CONVOLVE: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
 _GEOMETRY = (
@@ -30,7 +31,53 @@ _GEOMETRY = (
     "groups",
     "padding_mode",
 )
-ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What a packed layer does after its norm, fused from the modules around it.
+
+    Attributes:
+        activation: "none"; "clamp" to [low, high], as ReLU and ReLU6; "prelu"; "rprelu".
+        low, high: of "clamp".
+        residual_last: whether the residual is added after the activation instead of before.
+        residual: of the output's shape, or None.
+        slope: (C_out,) or (1,), of "prelu" and "rprelu".
+        shift_in, shift_out: (C_out,), of "rprelu".
+    """
+
+    activation: Literal["none", "clamp", "prelu", "rprelu"] = "none"
+    low: float = 0.0
+    high: float = float("inf")
+    residual_last: bool = False
+    residual: Tensor | None = None
+    slope: Tensor | None = None
+    shift_in: Tensor | None = None
+    shift_out: Tensor | None = None
+
+    def apply(self, output: Tensor) -> Tensor:
+        """The formula in plain torch, on (N, C_out, ...)."""
+        if self.residual is not None and not self.residual_last:
+            output = output + self.residual
+        if self.activation == "clamp":
+            output = F.relu(output) if self._is_relu else output.clamp(self.low, self.high)
+        elif self.activation != "none":
+            output = self._prelu(output)
+        if self.residual is not None and self.residual_last:
+            output = output + self.residual
+        return output
+
+    @property
+    def _is_relu(self) -> bool:
+        return self.low == 0 and self.high == float("inf")
+
+    def _prelu(self, output: Tensor) -> Tensor:
+        assert self.slope is not None  # noqa: S101  # both kinds have one
+        shape = (-1, *[1] * (output.dim() - 2))
+        if self.shift_in is not None:
+            output = output - self.shift_in.view(shape)
+        output = F.prelu(output, self.slope)
+        return output if self.shift_out is None else output + self.shift_out.view(shape)
 
 
 class PackedConv(OneBitConv):
@@ -49,8 +96,10 @@ class PackedConv(OneBitConv):
         scale: (C_out,) weight scale, or None.
         bias: (C_out,) or None.
         threshold: (C_in,) or None.
-        norm: a norm between convolution and link, or None.
+        norm_scale, norm_shift: (C_out,), a batch norm folded to two vectors, or None.
+        norm: a norm of another kind between convolution and link, or None.
         link: the gate, or None.
+        tail: activation and residual that were fused into the layer.
 
     Raises:
         ConversionError: the layer's weight is real-valued, or called in training mode.
@@ -65,6 +114,8 @@ class PackedConv(OneBitConv):
 
     bits: Tensor
     scale: Tensor | None
+    norm_scale: Tensor | None
+    norm_shift: Tensor | None
     stride: tuple[int, ...]
     padding: tuple[int, ...] | str
     dilation: tuple[int, ...]
@@ -91,15 +142,98 @@ class PackedConv(OneBitConv):
         self._border = getattr(layer, "_reversed_padding_repeated_twice", [])
         self.norm = layer.norm
         self.link = layer.link
+        self.tail = Tail()
+        self.register_buffer("norm_scale", None)
+        self.register_buffer("norm_shift", None)
+        if isinstance(self.norm, _BatchNorm) and foldable(self.norm):
+            self.fold(self.norm)
+            self.norm = None
+        self._fast = FastPath()
         self.train(layer.training)
 
-    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+    def fold(self, norm: _BatchNorm) -> None:
+        """Take over a batch norm's inference: alpha * y + beta, exactly as torch computes it.
+
+        Args:
+            norm: one that `foldable` accepts.
+        """
+        mean, variance = norm.running_mean, norm.running_var
+        assert mean is not None and variance is not None  # noqa: S101  # it is foldable
+        inverse = 1 / torch.sqrt(variance + norm.eps)
+        scale = inverse if norm.weight is None else inverse * norm.weight.detach()
+        bias = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach()
+        # In double precision and rounded once: the multiply-add of torch's kernel.
+        shift = bias.double() - mean.double() * scale.double()
+        self.norm_scale, self.norm_shift = scale, shift.to(scale.dtype)
+
+    def geometry(self, size: tuple[int, int]) -> ConvGeometry | None:
+        """The layer as the engine knows it, for (H, W); None where it is of another kind."""
+        if len(self.kernel_size) != 2 or self.transposed or self.padding_mode != "zeros":
+            return None
+        if not self.recipe.input.binary or self.recipe.input.scale != "none" or self.norm:
+            return None
+        return self._geometry(self._pads(size))
+
+    def _geometry(self, pads: Sequence[int]) -> ConvGeometry:
+        kernel, stride, dilation = (tuple(v) for v in (self.kernel_size, self.stride, self.dilation))
+        left, right, top, bottom = pads
+        channels = (self.in_channels, self.out_channels, self.groups)
+        return ConvGeometry(*channels, kernel, stride, dilation, (top, bottom, left, right))
+
+    def _pads(self, size: Sequence[int]) -> list[int]:
+        """Zeros around the input, in the order of `F.pad`."""
+        if self.same_padding:
+            return same_padding(size, self.kernel_size, self.stride, self.dilation)
+        if isinstance(self.padding, str):
+            spans = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            pads = [[n // 2, n - n // 2] if self.padding == "same" else [0, 0] for n in spans]
+        else:
+            pads = [[n, n] for n in self.padding]
+        return [n for pair in reversed(pads) for n in pair]
+
+    def forward(
+        self,
+        input: Tensor,
+        output_size: Sequence[int] | None = None,
+        residual: Tensor | None = None,
+        slope: Tensor | None = None,
+        shift_in: Tensor | None = None,
+        shift_out: Tensor | None = None,
+    ) -> Tensor:
         if self.training:
             raise ConversionError(
                 "a packed layer does not train: call eval(), or train the model it was packed from"
             )
-        weight = self.signs(input.dtype)
+        tail = self.tail
+        if residual is not None or slope is not None:
+            given = (residual, slope, shift_in, shift_out)
+            tail = Tail(tail.activation, tail.low, tail.high, tail.residual_last, *given)
+        output = self._fast.run(self, input, tail)
+        return tail.apply(self._by_torch(input, output_size)) if output is None else output
+
+    def _by_torch(self, input: Tensor, output_size: Sequence[int] | None) -> Tensor:
+        """The layer up to its norm and link, operation by operation."""
+        weight = self.bits if self._by_operator(input) else self.signs(input.dtype)
         return self._finish(input, self._scaled(input, weight, self.scale, output_size))
+
+    def _by_operator(self, input: Tensor) -> bool:
+        """Whether `binary_conv2d` computes the sums; its gradient is not defined."""
+        if len(self.kernel_size) != 2 or self.transposed or input.dim() != 4:
+            return False
+        return self.recipe.input.binary and not (torch.is_grad_enabled() and input.requires_grad)
+
+    def _finish(self, input: Tensor, output: Tensor) -> Tensor:
+        if self.norm_scale is None or self.recipe.link.place == "after-norm":
+            return super()._finish(input, self._normalized(output))
+        return self._normalized(super()._finish(input, output))
+
+    def _normalized(self, output: Tensor) -> Tensor:
+        scale, shift = self.norm_scale, self.norm_shift
+        if scale is None:
+            return output
+        # torch's own kernel, so that it rounds as in the network that was trained.
+        zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+        return F.batch_norm(output, zeros, ones, scale, shift, False, 0.0, 0.0)
 
     def signs(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as +1 and -1, of the shape it was trained in."""
@@ -116,6 +250,12 @@ class PackedConv(OneBitConv):
         if self.transposed:
             return transposed_convolution(self, input, weight, bias, output_size)
         padding: Any = self.padding
+        if weight.dtype == torch.uint8:
+            if self.padding_mode != "zeros":
+                input, pads = F.pad(input, self._border, mode=self.padding_mode), [0, 0, 0, 0]
+            else:
+                pads = self._pads(input.shape)
+            return binary_conv2d(input, weight, None, self._geometry(pads))
         if self.same_padding:
             input = pad_same(input, self.kernel_size, self.stride, self.dilation)
         elif self.padding_mode != "zeros":
@@ -125,78 +265,14 @@ class PackedConv(OneBitConv):
 
     def extra_repr(self) -> str:
         shape: str = _ConvNd.extra_repr(self)  # type: ignore[arg-type, no-untyped-call]
-        return f"{shape}, recipe={self.recipe.name}, packed"
+        fused = ["norm"] if self.norm_scale is not None else []
+        fused += [self.tail.activation] if self.tail.activation != "none" else []
+        with_fused = f", with {', '.join(fused)}" if fused else ""
+        return f"{shape}, recipe={self.recipe.name}, packed{with_fused}"
 
 
-def pack(model: ModelT, *, inplace: bool = False) -> ModelT:
-    """Store a trained binarized model's weights at 1 bit each.
-
-    Every binarized convolution becomes a `PackedConv`, except those whose kernel is mixed per
-    sample (CondConv), which stay as they are. The results are the same, bit for bit. The float
-    weights are gone afterwards: keep the trained model if you may want to train on.
-
-    Args:
-        model: made by `binarize` or `load`.
-        inplace: change `model` itself instead of a deep copy.
-
-    Returns:
-        A model of the class of `model`, in eval mode.
-
-    Raises:
-        ConversionError: the model is not binarized, is packed already, or has nothing to pack.
-
-    Warns:
-        UserWarning: the model is in training mode, or looks as if it was never trained.
-
-    Example:
-        >>> import timm
-        >>> from el_convert.convert import binarize
-        >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("ignore")  # it was never trained
-        ...     model = pack(binarize(timm.create_model("resnet18")).eval())
-        >>> type(model.layer1[0].conv1).__name__
-        'PackedConv'
-    """
-    conversion_of(model)
-    if any(isinstance(module, PackedConv) for module in model.modules()):
-        raise ConversionError(f"{type(model).__name__} is packed already")
-    if not any(map(packable, model.modules())):
-        raise ConversionError(
-            f"{type(model).__name__} has nothing to pack: no convolution has 1-bit weights"
-        )
-    for doubt in _doubts(model):
-        warnings.warn(doubt, UserWarning, stacklevel=2)
-    return pack_layers((model if inplace else copy_model(model)).eval())
+def foldable(norm: Any) -> bool:
+    """Whether a norm is, in eval mode, one multiply-add per channel."""
+    return isinstance(norm, _BatchNorm) and norm.running_mean is not None
 
 
-def pack_layers(model: ModelT) -> ModelT:
-    """Exchange a model's binary convolutions for packed ones, in place.
-
-    Returns:
-        `model`; where the model is itself a convolution, the layer in its place.
-    """
-    new = {id(module): PackedConv(module) for module in model.modules() if packable(module)}
-    exchange(model, new)
-    if id(model) in new:
-        return cast(ModelT, record(new[id(model)], conversion_of(model)))
-    return model
-
-
-def packable(module: nn.Module) -> TypeGuard[BinaryConv]:
-    """Whether a layer's weight can be stored at 1 bit."""
-    return isinstance(module, BinaryConv) and module.recipe.weight.binary
-
-
-def _doubts(model: nn.Module) -> list[str]:
-    """Why the model may not be ready to be packed."""
-    doubts = []
-    if model.training:
-        doubts.append("the model was in training mode; the packed one is in eval mode")
-    links = [m.link for m in model.modules() if isinstance(m, BinaryLayer) and m.link is not None]
-    learned = [(link.gamma, link.options.gamma_init) for link in links if link.gamma is not None]
-    start = [bool(gamma.detach().eq(value).all()) for gamma, value in learned]
-    norms = [m for m in model.modules() if isinstance(m, _NormBase)]
-    batches = [int(m.num_batches_tracked) for m in norms if m.num_batches_tracked is not None]
-    if (start and all(start)) or (batches and not any(batches)):
-        doubts.append("the model looks untrained: its gates or norms are as they started")
-    return doubts

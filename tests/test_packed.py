@@ -25,7 +25,8 @@ from el_convert.nn import (
     BinaryConvTranspose2d,
     BinaryConvTranspose3d,
 )
-from el_convert.packed import PackedConv, pack
+from el_convert.packed import PackedConv
+from el_convert.packing import pack
 
 CONVS: tuple[Any, ...] = (BinaryConv1d, BinaryConv2d, BinaryConv3d)
 TRANSPOSES: tuple[Any, ...] = (

@@ -18,7 +18,8 @@ from el_convert.convert import binarize, conversion_of
 from el_convert.errors import ConversionError
 from el_convert.graphs import link_nodes, to_graph
 from el_convert.link import ElasticLink
-from el_convert.packed import PackedConv, pack
+from el_convert.packed import PackedConv
+from el_convert.packing import pack
 from el_convert.planning import plan
 from el_convert.zoo import create, find_source
 

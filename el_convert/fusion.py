@@ -1,0 +1,224 @@
+"""Fusing what surrounds packed convolutions into them: norms, activations, residual sums.
+
+Works block by block: the largest modules below the model that trace become GraphModules of the
+same name, so the model keeps its class, its methods and the names of its layers.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from el_convert.convert import exchange
+from el_convert.graphs import trace_module
+from el_convert.nn import RPReLU
+from el_convert.packed import PackedConv, foldable
+from el_convert.tracing import has_forward_hooks, same_attributes
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_SUMS = {operator.add, operator.iadd, torch.add}
+_SUM_METHODS = {"add", "add_"}
+_RELU_FUNCTIONS = {F.relu, torch.relu, torch.relu_, F.relu_}
+_CLAMPS: dict[type[nn.Module], tuple[float, float]] = {
+    nn.ReLU: (0.0, float("inf")),
+    nn.ReLU6: (0.0, 6.0),
+}
+# Norms of timm that hold a dropout and an activation.
+_NORM_ACTS = {"BatchNormAct2d", "SyncBatchNormAct"}
+_NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d)
+_NOTHING_BY_NAME = {"DropPath", "StochasticDepth", "DropBlock2d"}
+
+
+def fuse_blocks(model: nn.Module) -> None:
+    """Rewrite a packed model's blocks in place; what does not trace stays as it is.
+
+    Args:
+        model: in eval mode; its binary convolutions are `PackedConv`.
+    """
+    uses = Counter(
+        id(module) for _, module in model.named_modules(remove_duplicate=False)
+    )  # a layer under two names may be called from anywhere
+    new: dict[int, nn.Module] = {}
+    for block in _blocks(model):
+        if id(block) not in new:
+            graph = _fused(block, uses)
+            if graph is not None:
+                new[id(block)] = graph
+    exchange(model, new)
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules that are no plain containers, with those inside them after them."""
+    for child in model.children():
+        if isinstance(child, PackedConv) or not _holds_packed(child):
+            continue
+        if type(child) not in _CONTAINERS:
+            yield child
+        yield from _blocks(child)
+
+
+def _holds_packed(module: nn.Module) -> bool:
+    return any(isinstance(part, PackedConv) for part in module.modules())
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return isinstance(module, PackedConv) or not _holds_packed(module)
+
+
+def _fused(block: nn.Module, uses: Counter[int]) -> nn.Module | None:
+    """The block as a graph with everything fused that can be; None where nothing can."""
+    if has_forward_hooks(block):
+        return None
+    with same_attributes(block):
+        graph = trace_module(block, _is_leaf)
+    if isinstance(graph, str):
+        return None
+    fuser = _Fuser(graph, uses)
+    if not fuser.run():
+        return None
+    graph.graph.eliminate_dead_code()
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    return graph
+
+
+class _Fuser:
+    """Fuses within one graph. A node is fused if it is all that reads the one before it."""
+
+    def __init__(self, graph: fx.GraphModule, uses: Counter[int]) -> None:
+        self.module = graph
+        self.graph = graph.graph
+        calls = Counter(node.target for node in self.graph.nodes if node.op == "call_module")
+        self._single = {
+            target
+            for target, count in calls.items()
+            if count == 1 and uses[id(graph.get_submodule(str(target)))] == 1
+        }
+
+    def run(self) -> bool:
+        """Whether anything was fused."""
+        self._drop_nothings()
+        before = len(self.graph.nodes)
+        for node in list(self.graph.nodes):
+            conv = self._called(node)
+            if isinstance(conv, PackedConv) and node.target in self._single and not node.kwargs:
+                self._absorb(node, conv)
+        return len(self.graph.nodes) < before
+
+    def _called(self, node: fx.Node) -> nn.Module | None:
+        if node.op != "call_module":
+            return None
+        module = self.module.get_submodule(str(node.target))
+        return None if has_forward_hooks(module) else module
+
+    def _drop_nothings(self) -> None:
+        for node in list(self.graph.nodes):
+            module = self._called(node)
+            named = type(module).__name__ in _NOTHING_BY_NAME
+            if (isinstance(module, _NOTHING_IN_EVAL) or named) and len(node.args) == 1:
+                node.replace_all_uses_with(node.args[0])
+                self.graph.erase_node(node)
+
+    def _absorb(self, node: fx.Node, conv: PackedConv) -> None:
+        """Norm, then a sum and an activation in either order."""
+        self._absorb_norm(node, conv)
+        if not self._absorb_sum(node, conv, last=False):
+            if self._absorb_activation(node, conv):
+                self._absorb_sum(node, conv, last=True)
+            return
+        self._absorb_activation(node, conv)
+
+    def _absorb_norm(self, node: fx.Node, conv: PackedConv) -> None:
+        user = _only_user(node)
+        norm = None if user is None else self._called(user)
+        if user is None or user.target not in self._single or not _foldable_after(norm, conv):
+            return
+        conv.fold(norm)  # type: ignore[arg-type]
+        if type(norm).__name__ in _NORM_ACTS:
+            with self.graph.inserting_before(user):
+                act = self.graph.call_module(f"{user.target}.act", (node,))
+            user.replace_all_uses_with(act)
+        else:
+            user.replace_all_uses_with(node)
+        self.graph.erase_node(user)
+
+    def _absorb_sum(self, node: fx.Node, conv: PackedConv, *, last: bool) -> bool:
+        user = _only_user(node)
+        if user is None or not _is_sum(user):
+            return False
+        other = user.args[1] if user.args[0] is node else user.args[0]
+        if not isinstance(other, fx.Node) or other is node:
+            return False
+        # The sum may be of something that is computed after the convolution.
+        user.prepend(node)
+        for name in ("slope", "shift_in", "shift_out"):
+            if isinstance(node.kwargs.get(name), fx.Node):
+                node.prepend(node.kwargs[name])  # type: ignore[arg-type]
+        node.kwargs = {**node.kwargs, "residual": other}
+        conv.tail = replace(conv.tail, residual_last=last)
+        user.replace_all_uses_with(node)
+        self.graph.erase_node(user)
+        return True
+
+    def _absorb_activation(self, node: fx.Node, conv: PackedConv) -> bool:
+        user = _only_user(node)
+        if user is None:
+            return False
+        act = self._called(user)
+        if user.target in _RELU_FUNCTIONS or (user.op, user.target) == ("call_method", "relu"):
+            conv.tail = replace(conv.tail, activation="clamp", low=0.0, high=float("inf"))
+        elif type(act) in _CLAMPS:
+            low, high = _CLAMPS[type(act)]  # type: ignore[index]
+            conv.tail = replace(conv.tail, activation="clamp", low=low, high=high)
+        elif isinstance(act, nn.Hardtanh):
+            conv.tail = replace(
+                conv.tail, activation="clamp", low=float(act.min_val), high=float(act.max_val)
+            )
+        elif type(act) is nn.PReLU and act.num_parameters in (1, conv.out_channels):
+            self._pass_tensors(node, user, slope="weight")
+            conv.tail = replace(conv.tail, activation="prelu")
+        elif type(act) is RPReLU:
+            self._pass_tensors(
+                node, user, slope="slope", shift_in="shift_in", shift_out="shift_out"
+            )
+            conv.tail = replace(conv.tail, activation="rprelu")
+        else:
+            return False
+        user.replace_all_uses_with(node)
+        self.graph.erase_node(user)
+        return True
+
+    def _pass_tensors(self, node: fx.Node, act: fx.Node, **names: str) -> None:
+        with self.graph.inserting_before(node):
+            tensors = {
+                name: self.graph.get_attr(f"{act.target}.{attribute}")
+                for name, attribute in names.items()
+            }
+        node.kwargs = {**node.kwargs, **tensors}
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].op != "output" else None
+
+
+def _is_sum(node: fx.Node) -> bool:
+    known = (node.op == "call_function" and node.target in _SUMS) or (
+        node.op == "call_method" and node.target in _SUM_METHODS
+    )
+    return known and len(node.args) == 2 and not node.kwargs
+
+
+def _foldable_after(norm: nn.Module | None, conv: PackedConv) -> bool:
+    if conv.norm is not None or conv.norm_scale is not None or not foldable(norm):
+        return False
+    after_norm = conv.link is not None and conv.recipe.link.place == "after-norm"
+    plain = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return not after_norm and (plain or type(norm).__name__ in _NORM_ACTS)
+

@@ -1,0 +1,267 @@
+"""Loading the native engine, where this installation has one, and calling it.
+
+A plain C library beside this file, loaded with ctypes: it links neither to torch nor to Python,
+so one build serves every version of both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from el_convert.kernels.geometry import ConvGeometry
+
+ABI = 1
+LINK_KINDS = ("none", "identity", "expand", "mean", "sum")
+ACTIVATION_KINDS = ("none", "clamp", "prelu")
+INSTRUCTION_SET_VARIABLE = "EL_CONVERT_ISA"
+"""Environment variable: "avx512", "avx2", "neon", "portable", or "none" for plain torch."""
+
+
+class _Geometry(Structure):
+    _fields_ = [
+        (name, c_int32)
+        for name in (
+            "in_channels", "out_channels", "groups", "kernel_h", "kernel_w", "stride_h",
+            "stride_w", "dilation_h", "dilation_w", "top", "left",
+        )
+    ]  # fmt: skip
+
+
+class _Epilogue(Structure):
+    _fields_ = [
+        *[
+            (name, c_void_p)
+            for name in (
+                "threshold", "scale", "bias", "gamma", "norm_scale", "norm_shift", "slope",
+                "act_in", "act_out",
+            )
+        ],
+        ("low", c_float),
+        ("high", c_float),
+        *[
+            (name, c_int32)
+            for name in ("link", "link_after_norm", "activation", "residual_last")
+        ],
+    ]  # fmt: skip
+
+
+class _Call(Structure):
+    _fields_ = [
+        *[(name, c_void_p) for name in ("input", "link", "residual", "output")],
+        *[(name, c_int64) for name in ("batch", "height", "width", "out_height", "out_width")],
+        ("threads", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class Engine:
+    """The loaded library.
+
+    Attributes:
+        isas: instruction sets that this machine and this build share, best first.
+        isa: the one in use; None lets the library choose per convolution.
+
+    Raises:
+        OSError: the file is no such library, or of another version of this package.
+    """
+
+    def __init__(self, path: Path, isa: str | None = None) -> None:
+        self.path = path
+        self._library = library = ctypes.CDLL(str(path))
+        if library.el_abi() != ABI:
+            raise OSError(f"{path} belongs to another version of el_convert")
+        library.el_isa_name.restype = c_char_p
+        library.el_create.restype = c_void_p
+        library.el_create.argtypes = [POINTER(_Geometry), c_void_p, c_char_p]
+        library.el_destroy.argtypes = [c_void_p]
+        library.el_destroy.restype = None
+        library.el_run.argtypes = [c_void_p, c_void_p, c_void_p]
+        library.el_peak.restype = c_double
+        library.el_peak.argtypes = [c_char_p, ctypes.c_int]
+        library.el_set_parallel.argtypes = [c_void_p]
+        library.el_set_parallel(_torch_thread_pool())
+        self.isas = self._instruction_sets()
+        if isa is not None and isa not in self.isas:
+            raise OSError(f"{isa!r} is none of this machine's instruction sets {self.isas}")
+        self.isa = isa
+
+    def _instruction_sets(self) -> tuple[str, ...]:
+        names: list[str] = []
+        while (name := self._library.el_isa_name(len(names))) is not None:
+            names.append(name.decode())
+        return tuple(names)
+
+    def prepare(
+        self, geometry: ConvGeometry, bits: Tensor, isa: str | None = None
+    ) -> NativeConv | None:
+        """A convolution ready to run; None where the engine has no fast path for its shape.
+
+        Args:
+            geometry: of the convolution.
+            bits: (C_out, ...) uint8 on the CPU, see `pack_bits`.
+            isa: one of `isas`, for comparing them.
+        """
+        shape = (geometry.out_channels, geometry.bytes_per_output)
+        if tuple(bits.shape) != shape or bits.dtype != torch.uint8:
+            raise ValueError(f"packed weights are {tuple(bits.shape)}, not {shape} uint8")
+        top, _, left, _ = geometry.padding
+        native = _Geometry(
+            geometry.in_channels, geometry.out_channels, geometry.groups, *geometry.kernel,
+            *geometry.stride, *geometry.dilation, top, left,
+        )  # fmt: skip
+        name = isa or self.isa
+        handle = self._library.el_create(
+            byref(native), bits.contiguous().data_ptr(), name.encode() if name else None
+        )
+        return NativeConv(self._library, handle, geometry) if handle else None
+
+    def peak(self, isa: str | None = None, rounds: int = 1000) -> float:
+        """Multiply-adds per second of the innermost loop alone, one thread, best of `rounds`."""
+        name = isa or self.isa
+        rate: float = self._library.el_peak(name.encode() if name else None, rounds)
+        return rate
+
+
+class Epilogue:
+    """What follows a convolution's integer sums, in the engine's terms; see `engine.h`.
+
+    Args:
+        link: one of `LINK_KINDS`.
+        link_after_norm: whether the link is added after the norm.
+        activation: one of `ACTIVATION_KINDS`.
+        low, high: of "clamp".
+        residual_last: whether the residual is added after the activation.
+        **vectors: contiguous float32 tensors on the CPU, or None: threshold, scale, bias, gamma,
+            norm_scale, norm_shift, slope, act_in, act_out.
+    """
+
+    def __init__(
+        self,
+        *,
+        link: str = "none",
+        link_after_norm: bool = False,
+        activation: str = "none",
+        low: float = 0.0,
+        high: float = float("inf"),
+        residual_last: bool = False,
+        **vectors: Tensor | None,
+    ) -> None:
+        self.kept_alive = [v for v in vectors.values() if v is not None]
+        self.link = link
+        self.native = _Epilogue(
+            low=low,
+            high=high,
+            link=LINK_KINDS.index(link),
+            link_after_norm=link_after_norm,
+            activation=ACTIVATION_KINDS.index(activation),
+            residual_last=residual_last,
+            **{name: v.data_ptr() for name, v in vectors.items() if v is not None},
+        )
+
+
+class NativeConv:
+    """A convolution whose weights are laid out for one instruction set. Made by `Engine.prepare`.
+
+    Raises:
+        MemoryError: on call, where scratch memory is refused.
+    """
+
+    def __init__(self, library: Any, handle: int, geometry: ConvGeometry) -> None:
+        self._library = library
+        self._handle = handle
+        self.geometry = geometry
+
+    def __del__(self) -> None:
+        self._library.el_destroy(self._handle)
+
+    def __call__(
+        self,
+        input: Tensor,
+        epilogue: Epilogue,
+        link: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Run it.
+
+        Args:
+            input: (N, C_in, H, W) float32 on the CPU, channels_last in memory.
+            epilogue: what follows the sums.
+            link: (N, C_in, OH, OW), or C_out channels for the link "identity"; channels_last.
+            residual: of the output's shape, channels_last.
+
+        Returns:
+            (N, C_out, OH, OW), channels_last.
+        """
+        batch, _, height, width = input.shape
+        out_height, out_width = self.geometry.output_size((height, width))
+        output = torch.empty(
+            (batch, self.geometry.out_channels, out_height, out_width),
+            memory_format=torch.channels_last,
+        )
+        call = _Call(
+            input.data_ptr(),
+            None if link is None else link.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            output.data_ptr(),
+            batch,
+            height,
+            width,
+            out_height,
+            out_width,
+            torch.get_num_threads(),
+        )
+        if self._library.el_run(self._handle, byref(epilogue.native), byref(call)):
+            raise MemoryError("the 1-bit convolution could not get its scratch memory")
+        return output
+
+
+def _torch_thread_pool() -> int | None:
+    """The address of GOMP_parallel in the OpenMP runtime that torch runs on; None without one."""
+    try:
+        function = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):  # another runtime, or a system without dlopen(0)
+        return None
+    return ctypes.cast(function, c_void_p).value
+
+
+def _library_path() -> Path | None:
+    here = Path(__file__).parent
+    found = sorted(here.glob("_engine*.so")) + sorted(here.glob("_engine*.dylib"))
+    return found[0] if found else None
+
+
+@cache
+def _load() -> tuple[Engine | None, str]:
+    """The engine, or why there is none."""
+    wanted = os.environ.get(INSTRUCTION_SET_VARIABLE) or None
+    if wanted == "none":
+        return None, ""
+    path = _library_path()
+    if path is None:
+        return None, (
+            "el_convert was installed without its native engine: packed convolutions run in plain "
+            "torch, which is slower than the float model. Install a C++ compiler (such as g++) "
+            "and then el_convert again"
+        )
+    try:
+        return Engine(path, wanted), ""
+    except OSError as error:
+        return None, f"the native engine of el_convert does not load ({error}): install it again"
+
+
+def engine() -> Engine | None:
+    """The native engine of this process; None where there is none, see `engine_notice`."""
+    return _load()[0]
+
+
+def engine_notice() -> str:
+    """Why there is no engine although one is wanted, and what to do; "" where all is well."""
+    return _load()[1]

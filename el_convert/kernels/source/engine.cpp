@@ -1,0 +1,303 @@
+// Preparing convolutions, cutting calls into strips, and sharing these among threads.
+#include "engine.h"
+
+#include "common.h"
+
+namespace el {
+namespace {
+
+const Isa *const kIsas[] = {&kAvx512, &kAvx2, &kNeon, &kPortable};
+const int kIsaCount = 4;
+const int kNarrow = 32;  // output channels that fill half of the widest vector
+const int64_t kStripBytes = 192 * 1024;  // of scratch: well inside a second-level cache
+
+typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
+Parallel parallel = nullptr;
+
+const Isa *find_isa(const char *name, int group_out, bool depthwise) {
+    const Isa *best = nullptr;
+    for (int i = 0; i < kIsaCount; i++) {
+        if (!kIsas[i]->available() || (name && strcmp(name, kIsas[i]->name))) continue;
+        if (!best) best = kIsas[i];
+        if (best == &kAvx512 && kIsas[i] == &kAvx2 && group_out <= kNarrow && !depthwise)
+            best = kIsas[i];
+    }
+    return best;
+}
+
+bool bad_shape(const el_geometry &g) {
+    if (g.in_channels < 1 || g.out_channels < 1 || g.groups < 1) return true;
+    if (g.in_channels % g.groups || g.out_channels % g.groups) return true;
+    if (g.kernel_h < 1 || g.kernel_w < 1 || g.stride_h < 1 || g.stride_w < 1) return true;
+    if (g.dilation_h < 1 || g.dilation_w < 1 || g.top < 0 || g.left < 0) return true;
+    const int64_t taps = static_cast<int64_t>(g.kernel_h) * g.kernel_w;
+    const bool depthwise = g.in_channels == g.groups && g.out_channels == g.groups;
+    // Sums are counted in 16 bits, those of depthwise convolutions in 8.
+    return taps * (g.in_channels / g.groups) > (depthwise ? 255 : 65535);
+}
+
+int padded(int channels, int block) { return (channels + block - 1) / block * block; }
+
+void choose_block(Convolution *conv) {
+    const int outputs = conv->depthwise ? conv->shape.out_channels : conv->group_out;
+    const int wide = conv->isa->max_block, narrow = wide / 2;
+    const bool waste = padded(outputs, narrow) < padded(outputs, wide);
+    conv->block = waste || conv->depthwise ? narrow : wide;
+    conv->padded_out = padded(outputs, conv->block);
+    conv->blocks = conv->padded_out / conv->block;
+    conv->plane = conv->padded_out * (conv->depthwise ? 1 : conv->shape.groups);
+}
+
+// Cuts each run of nibbles into pieces that byte counters hold, of equal length where possible.
+int cut_chunks(const Convolution &conv, Chunk *chunks) {
+    const el_geometry &g = conv.shape;
+    const bool joined = g.dilation_w == 1;
+    const int run = joined ? g.kernel_w * conv.nibbles : conv.nibbles;
+    const int pieces = (run + kChunk - 1) / kChunk;
+    const int length = ((run + pieces - 1) / pieces + 2) / 3 * 3;
+    int count = 0;
+    for (int y = 0; y < g.kernel_h; y++)
+        for (int x = 0; x < (joined ? 1 : g.kernel_w); x++)
+            for (int at = 0; at < run; at += length, count++) {
+                if (!chunks) continue;
+                chunks[count].row = y * g.dilation_h;
+                chunks[count].start = x * g.dilation_w * conv.nibbles + at;
+                chunks[count].length = length < run - at ? length : run - at;
+            }
+    return count;
+}
+
+// Where a weight's sign goes: output channel `m` of a group, input channel `c`, tap `t`.
+void place_weight(Convolution *conv, int group, int m, int c, int t) {
+    if (conv->depthwise) {
+        conv->weight[static_cast<size_t>(t) * conv->padded_out + group] = 1;
+        return;
+    }
+    const int block = m / conv->block;
+    const size_t row = static_cast<size_t>(group * conv->blocks + block) * conv->depth +
+                       static_cast<size_t>(t) * conv->nibbles + c / 4;
+    const int lane = lane_of(m % conv->block, conv->isa->width);
+    conv->weight[row * conv->block + lane] |= static_cast<uint8_t>(1 << (c & 3));
+}
+
+void place_weights(Convolution *conv, const uint8_t *bits) {
+    const el_geometry &g = conv->shape;
+    const int row_bytes = (conv->group_in * conv->taps + 7) / 8;
+    const int wide = g.kernel_w + 1;
+    for (int channel = 0; channel < g.out_channels; channel++, bits += row_bytes) {
+        const int group = channel / conv->group_out, m = channel % conv->group_out;
+        int32_t *plus = conv->plus + (conv->depthwise ? channel : group * conv->padded_out + m);
+        for (int c = 0; c < conv->group_in; c++)
+            for (int t = 0; t < conv->taps; t++) {
+                const int bit = c * conv->taps + t;
+                if (!(bits[bit / 8] >> (bit % 8) & 1)) continue;
+                place_weight(conv, group, m, c, t);
+                const int y = t / g.kernel_w, x = t % g.kernel_w;
+                plus[static_cast<ptrdiff_t>((y + 1) * wide + x + 1) * conv->plane]++;
+            }
+        for (int y = 1; y <= g.kernel_h; y++)
+            for (int x = 1; x <= g.kernel_w; x++) {
+                int32_t *at = plus + static_cast<ptrdiff_t>(y * wide + x) * conv->plane;
+                const ptrdiff_t up = static_cast<ptrdiff_t>(wide) * conv->plane;
+                at[0] += at[-conv->plane] + at[-up] - at[-up - conv->plane];
+            }
+    }
+}
+
+bool allocate(Convolution *conv) {
+    const el_geometry &g = conv->shape;
+    const size_t rows = conv->depthwise
+                            ? static_cast<size_t>(conv->taps)
+                            : static_cast<size_t>(g.groups) * conv->blocks * conv->depth;
+    const size_t width = conv->depthwise ? conv->padded_out : conv->block;
+    const size_t corners = static_cast<size_t>(g.kernel_h + 1) * (g.kernel_w + 1);
+    conv->weight = static_cast<uint8_t *>(calloc(rows, width));
+    conv->plus = static_cast<int32_t *>(calloc(corners * conv->plane, sizeof *conv->plus));
+    conv->chunk_count = cut_chunks(*conv, nullptr);
+    conv->chunks = static_cast<Chunk *>(calloc(conv->chunk_count, sizeof *conv->chunks));
+    return conv->weight && conv->plus && conv->chunks;
+}
+
+int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
+
+// The strips of a call, the same number of rows (or pixels) in each but the last.
+struct Strips {
+    int64_t images, rows, width, step, per_image;
+
+    Strips(const Convolution &conv, const el_call &call) {
+        const int64_t threads = max64(1, call.threads);
+        const el_geometry &g = conv.shape;
+        int64_t bytes;
+        if (conv.pointwise) {
+            images = 1;
+            rows = call.batch * call.out_height * call.out_width;
+            width = 0;
+            bytes = 2 * conv.block + conv.nibbles / 2 + conv.pixel_bytes;
+        } else {
+            images = call.batch;
+            rows = call.out_height;
+            width = call.out_width;
+            const int64_t pixel = conv.depthwise ? conv.padded_out : conv.nibbles;
+            bytes = even(width) * (2 * conv.block + g.stride_h * g.stride_w * pixel);
+        }
+        step = max64(conv.pointwise ? kRunPixels : 1, kStripBytes / max64(bytes, 1));
+        const int64_t share = (images * rows + threads - 1) / threads;
+        step = min64(step, max64(share, 1));
+        const int64_t strips = max64(1, (rows + step - 1) / step);
+        step = max64(1, (rows + strips - 1) / strips);
+        if (conv.pointwise) step = even(step);
+        per_image = (rows + step - 1) / step;
+    }
+
+    int64_t count() const { return images * per_image; }
+
+    Strip at(int64_t index, bool pointwise) const {
+        Strip strip = {index / per_image, 0, 1, 0, width};
+        const int64_t begin = index % per_image * step, end = min64(begin + step, rows);
+        if (pointwise) strip.begin = begin, strip.end = end;
+        else strip.row_begin = begin, strip.row_end = end;
+        return strip;
+    }
+};
+
+struct Shared {
+    Work work;
+    const Strips *strips;
+    int64_t next;
+    int failed;
+};
+
+void work_through(void *data) {
+    Shared *shared = static_cast<Shared *>(data);
+    const Convolution &conv = *shared->work.conv;
+    // The first strip is the largest.
+    const Strip first = shared->strips->at(0, conv.pointwise);
+    const size_t bytes = scratch_layout(conv, *shared->work.call, first).total;
+    uint8_t *memory = static_cast<uint8_t *>(malloc(bytes + 64));
+    if (!memory) {
+        __atomic_store_n(&shared->failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    uint8_t *scratch = memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64);
+    const int64_t count = shared->strips->count();
+    for (;;) {
+        const int64_t index = __atomic_fetch_add(&shared->next, 1, __ATOMIC_RELAXED);
+        if (index >= count) break;
+        conv.isa->strip(shared->work, shared->strips->at(index, conv.pointwise), scratch);
+    }
+    free(memory);
+}
+
+}  // namespace
+
+Scratch scratch_layout(const Convolution &conv, const el_call &call, const Strip &strip) {
+    const el_geometry &g = conv.shape;
+    Scratch at = {};
+    const int64_t width = strip.end - strip.begin, rows = strip.row_end - strip.row_begin;
+    size_t bits = 0, taps = 0;
+    if (conv.pointwise) {
+        at.rows = 1;
+        at.columns = even(width) / 2;
+        at.row_bytes = at.columns * conv.nibbles;
+        bits = static_cast<size_t>((even(width) + 1) * conv.pixel_bytes);
+    } else {
+        const int64_t last = conv.depthwise ? width - 1 : even(width) - 2;
+        at.rows = (rows - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1;
+        at.columns = last * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1;
+        at.row_bytes = at.columns * (conv.depthwise ? conv.padded_out : conv.nibbles);
+        if (conv.depthwise) taps = conv.taps * sizeof(ptrdiff_t);
+        else bits = static_cast<size_t>((at.columns + g.stride_w) * conv.pixel_bytes);
+    }
+    size_t end = 0;
+    const size_t sizes[] = {
+        bits,
+        static_cast<size_t>(at.rows * at.row_bytes),
+        static_cast<size_t>(rows * even(width) * conv.block) * sizeof(uint16_t),
+        conv.block * sizeof(float),
+        conv.block * sizeof(float) * kRunPixels,
+        taps,
+    };
+    size_t *const places[] = {&at.bits, &at.map, &at.sums, &at.init, &at.match, &at.chunks};
+    for (int i = 0; i < 6; i++) {
+        *places[i] = end;
+        end = (end + sizes[i] + 127) / 64 * 64;  // and at least a vector of slack
+    }
+    at.total = end;
+    (void)call;
+    return at;
+}
+
+}  // namespace el
+
+using namespace el;
+
+extern "C" {
+
+int el_abi(void) { return EL_ABI; }
+
+const char *el_isa_name(int index) {
+    for (int i = 0; i < kIsaCount; i++)
+        if (kIsas[i]->available() && index-- == 0) return kIsas[i]->name;
+    return nullptr;
+}
+
+void el_set_parallel(void *gomp_parallel) {
+    parallel = reinterpret_cast<Parallel>(gomp_parallel);
+}
+
+void *el_create(const el_geometry *geometry, const uint8_t *weight, const char *isa) {
+    if (bad_shape(*geometry)) return nullptr;
+    const el_geometry &g = *geometry;
+    const bool depthwise = g.in_channels == g.groups && g.out_channels == g.groups;
+    const Isa *found = find_isa(isa, g.out_channels / g.groups, depthwise);
+    Convolution *conv = static_cast<Convolution *>(calloc(1, sizeof(Convolution)));
+    if (!found || !conv) {
+        free(conv);
+        return nullptr;
+    }
+    conv->shape = g;
+    conv->isa = found;
+    conv->depthwise = depthwise;
+    conv->pointwise = !depthwise && g.kernel_h == 1 && g.kernel_w == 1 && !g.top && !g.left;
+    conv->group_in = g.in_channels / g.groups;
+    conv->group_out = g.out_channels / g.groups;
+    conv->pixel_bytes = (conv->group_in + 7) / 8;
+    conv->nibbles = 2 * conv->pixel_bytes;
+    conv->taps = g.kernel_h * g.kernel_w;
+    conv->depth = conv->taps * conv->nibbles;
+    choose_block(conv);
+    if (!allocate(conv)) {
+        el_destroy(conv);
+        return nullptr;
+    }
+    cut_chunks(*conv, conv->chunks);
+    place_weights(conv, weight);
+    return conv;
+}
+
+void el_destroy(void *convolution) {
+    Convolution *conv = static_cast<Convolution *>(convolution);
+    if (!conv) return;
+    free(conv->chunks);
+    free(conv->weight);
+    free(conv->plus);
+    free(conv);
+}
+
+int el_run(const void *convolution, const el_epilogue *epilogue, const el_call *call) {
+    const Convolution *conv = static_cast<const Convolution *>(convolution);
+    if (!call->batch || !call->out_height || !call->out_width) return 0;
+    const Strips strips(*conv, *call);
+    Shared shared = {{conv, epilogue, call}, &strips, 0, 0};
+    const unsigned threads = static_cast<unsigned>(min64(call->threads, strips.count()));
+    if (threads > 1 && parallel) parallel(work_through, &shared, threads, 0);
+    else work_through(&shared);
+    return shared.failed ? -1 : 0;
+}
+
+double el_peak(const char *isa, int rounds) {
+    const Isa *found = find_isa(isa, kNarrow + 1, false);
+    return found ? found->peak(rounds) : 0;
+}
+
+}  // extern "C"

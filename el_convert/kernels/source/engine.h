@@ -1,0 +1,80 @@
+// The C interface of the 1-bit convolution engine. Nothing here links to libtorch or to Python.
+#ifndef EL_CONVERT_ENGINE_H
+#define EL_CONVERT_ENGINE_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define EL_EXPORT __declspec(dllexport)
+#else
+#define EL_EXPORT __attribute__((visibility("default")))
+#endif
+
+#define EL_ABI 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// A convolution's shape. `top` and `left` are the zero padding before the first row and column;
+// the padding after the last follows from the output's size.
+typedef struct {
+    int32_t in_channels, out_channels, groups;
+    int32_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
+    int32_t top, left;
+} el_geometry;
+
+enum el_link { EL_LINK_NONE, EL_LINK_IDENTITY, EL_LINK_EXPAND, EL_LINK_MEAN, EL_LINK_SUM };
+enum el_activation { EL_ACT_NONE, EL_ACT_CLAMP, EL_ACT_PRELU };
+
+// What follows the integer sums, in this order and each rounded as torch rounds it:
+//   v = sums * scale + bias
+//   v = v + gamma * link                    (where link_after_norm is 0)
+//   v = v * norm_scale + norm_shift
+//   v = v + gamma * link                    (where link_after_norm is 1)
+//   v = v + residual                        (where residual_last is 0)
+//   v = activation(v + act_in) + act_out
+//   v = v + residual                        (where residual_last is 1)
+// Vectors have one value per output channel; a null pointer leaves the step out.
+typedef struct {
+    const float *threshold;  // per input channel: the sign of x - threshold is taken
+    const float *scale, *bias, *gamma, *norm_scale, *norm_shift, *slope, *act_in, *act_out;
+    float low, high;  // of EL_ACT_CLAMP
+    int32_t link, link_after_norm, activation, residual_last;
+} el_epilogue;
+
+// All feature maps are float32, (N, H, W, C) in memory.
+typedef struct {
+    const float *input;
+    const float *link;      // (N, OH, OW, C_in), or C_out channels for EL_LINK_IDENTITY
+    const float *residual;  // (N, OH, OW, C_out) or null
+    float *output;          // (N, OH, OW, C_out)
+    int64_t batch, height, width, out_height, out_width;
+    int32_t threads;
+    int32_t reserved;
+} el_call;
+
+EL_EXPORT int el_abi(void);
+
+// Names of the instruction sets this build knows and this machine runs, best first.
+EL_EXPORT const char *el_isa_name(int index);
+
+// Weights: per output channel ceil(C_in / G * KH * KW / 8) bytes, bit (c * KH + y) * KW + x.
+// Returns null where there is no fast path for the shape, or no memory.
+EL_EXPORT void *el_create(const el_geometry *geometry, const uint8_t *weight, const char *isa);
+EL_EXPORT void el_destroy(void *convolution);
+
+// 0, or -1 where there is no memory. Reentrant.
+EL_EXPORT int el_run(const void *convolution, const el_epilogue *epilogue, const el_call *call);
+
+// The innermost loop alone, on operands that stay in the first-level cache: multiply-adds per
+// second, the best of `rounds` timed ones.
+EL_EXPORT double el_peak(const char *isa, int rounds);
+
+// torch's own thread pool: the address of GOMP_parallel in the OpenMP runtime torch has loaded.
+EL_EXPORT void el_set_parallel(void *gomp_parallel);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,39 @@
+#include "common.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+// For this file alone, so that the rest runs on any machine of the architecture.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace el {
+namespace {
+#include "simd_avx2.h"
+
+#include "isa.inl"
+}  // namespace
+}  // namespace el
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace el {
+static bool available() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+const Isa kAvx2 = {"avx2", available, Simd::kBytes, Simd::kMaxBlock, run_strip, peak};
+}  // namespace el
+#else
+namespace el {
+static bool available() { return false; }
+const Isa kAvx2 = {"avx2", available, 0, 0, nullptr, nullptr};
+}  // namespace el
+#endif

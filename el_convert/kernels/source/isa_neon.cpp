@@ -1,0 +1,21 @@
+#include "common.h"
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+namespace el {
+namespace {
+#include "simd_neon.h"
+
+#include "isa.inl"
+}  // namespace
+
+static bool available() { return true; }
+const Isa kNeon = {"neon", available, Simd::kBytes, Simd::kMaxBlock, run_strip, peak};
+}  // namespace el
+#else
+namespace el {
+static bool available() { return false; }
+const Isa kNeon = {"neon", available, 0, 0, nullptr, nullptr};
+}  // namespace el
+#endif

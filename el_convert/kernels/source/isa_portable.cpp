@@ -1,0 +1,12 @@
+#include "common.h"
+
+namespace el {
+namespace {
+#include "simd_portable.h"
+
+#include "isa.inl"
+}  // namespace
+
+static bool available() { return true; }
+const Isa kPortable = {"portable", available, Simd::kBytes, Simd::kMaxBlock, run_strip, peak};
+}  // namespace el

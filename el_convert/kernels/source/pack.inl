@@ -1,0 +1,110 @@
+// From float channels to the map of nibbles that the tiles read. Included once per instruction set.
+
+// One bit per channel, the least significant first: 1 where x > threshold.
+static inline void pack_signs(const float *x, const float *threshold, int count, uint8_t *bits) {
+    int c = 0;
+    for (; c + Simd::kSigns <= count; c += Simd::kSigns) {
+        const unsigned signs = Simd::signs(x + c, threshold ? threshold + c : nullptr);
+        bits[c / 8] = static_cast<uint8_t>(signs);
+        if (Simd::kSigns == 16) bits[c / 8 + 1] = static_cast<uint8_t>(signs >> 8);
+    }
+    for (; c < count; c += 8) {
+        unsigned byte = 0;
+        for (int i = 0; i < 8 && c + i < count; i++)
+            byte |= static_cast<unsigned>(x[c + i] > (threshold ? threshold[c + i] : 0.0f)) << i;
+        bits[c / 8] = static_cast<uint8_t>(byte);
+    }
+}
+
+// Byte k: nibble k of one pixel below nibble k of another.
+static inline void pair_nibbles(const uint8_t *low, const uint8_t *high, size_t count,
+                                uint8_t *__restrict out) {
+    for (size_t i = 0; i < count; i++) {
+        out[2 * i] = static_cast<uint8_t>((low[i] & 15) | (high[i] << 4));
+        out[2 * i + 1] = static_cast<uint8_t>((low[i] >> 4) | (high[i] & 0xF0));
+    }
+}
+
+static void pack_pointwise(const Work &work, const Strip &strip, int group, const Scratch &at,
+                           uint8_t *scratch) {
+    const Convolution &conv = *work.conv;
+    const el_call &call = *work.call;
+    const int bytes = conv.pixel_bytes, channels = conv.shape.in_channels;
+    const float *threshold = work.epilogue->threshold;
+    if (threshold) threshold += group * conv.group_in;
+    uint8_t *bits = scratch + at.bits, *map = scratch + at.map;
+    const int64_t count = strip.end - strip.begin;
+    int64_t x = strip.begin % call.out_width, y = strip.begin / call.out_width;
+    int64_t image = y / call.out_height;
+    y %= call.out_height;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t from =
+            (image * call.height + y * conv.shape.stride_h) * call.width + x * conv.shape.stride_w;
+        pack_signs(call.input + from * channels + group * conv.group_in, threshold, conv.group_in,
+                   bits + i * bytes);
+        if (++x == call.out_width) {
+            x = 0;
+            if (++y == call.out_height) y = 0, image++;
+        }
+    }
+    memset(bits + count * bytes, 0, static_cast<size_t>(bytes));  // the last pair may be half
+    for (int64_t i = 0; i < count; i += 2)
+        pair_nibbles(bits + i * bytes, bits + (i + 1) * bytes, static_cast<size_t>(bytes),
+                     map + (i / 2) * conv.nibbles);
+}
+
+// The input row that row `index` of a strip's map holds; outside of the image for padding.
+static inline int64_t map_row(const Convolution &conv, const Strip &strip, int64_t index) {
+    return strip.row_begin * conv.shape.stride_h - conv.shape.top + index;
+}
+
+static void pack_rows(const Work &work, const Strip &strip, int group, const Scratch &at,
+                      uint8_t *scratch) {
+    const Convolution &conv = *work.conv;
+    const el_call &call = *work.call;
+    const int bytes = conv.pixel_bytes, channels = conv.shape.in_channels;
+    const float *threshold = work.epilogue->threshold;
+    if (threshold) threshold += group * conv.group_in;
+    uint8_t *bits = scratch + at.bits;
+    const int64_t step = conv.shape.stride_w, left = conv.shape.left;
+    // The last pixels' partners lie beyond the last column of the map.
+    const int64_t end = max64(0, min64(call.width, at.columns + step - left));
+    memset(bits, 0, static_cast<size_t>((at.columns + step) * bytes));
+    for (int64_t row = 0; row < at.rows; row++) {
+        uint8_t *out = scratch + at.map + row * at.row_bytes;
+        const int64_t y = map_row(conv, strip, row);
+        if (y < 0 || y >= call.height) {
+            memset(out, 0, static_cast<size_t>(at.row_bytes));
+            continue;
+        }
+        const float *x = call.input + ((strip.image * call.height + y) * call.width) * channels +
+                         group * conv.group_in;
+        for (int64_t i = 0; i < end; i++)
+            pack_signs(x + i * channels, threshold, conv.group_in, bits + (left + i) * bytes);
+        pair_nibbles(bits, bits + step * bytes, static_cast<size_t>(at.columns * bytes), out);
+    }
+}
+
+// Depthwise: a byte per channel, 0 or 1.
+static void pack_bytes(const Work &work, const Strip &strip, const Scratch &at, uint8_t *scratch) {
+    const Convolution &conv = *work.conv;
+    const el_call &call = *work.call;
+    const int channels = conv.shape.in_channels;
+    const float *threshold = work.epilogue->threshold;
+    const int64_t left = conv.shape.left;
+    const int64_t end = max64(0, min64(call.width, at.columns - left));
+    for (int64_t row = 0; row < at.rows; row++) {
+        uint8_t *out = scratch + at.map + row * at.row_bytes;
+        memset(out, 0, static_cast<size_t>(at.row_bytes));
+        const int64_t y = map_row(conv, strip, row);
+        if (y < 0 || y >= call.height) continue;
+        const float *x = call.input + ((strip.image * call.height + y) * call.width) * channels;
+        for (int64_t i = 0; i < end; i++, x += channels) {
+            uint8_t *__restrict pixel = out + (left + i) * conv.padded_out;
+            if (threshold)
+                for (int c = 0; c < channels; c++) pixel[c] = x[c] > threshold[c];
+            else
+                for (int c = 0; c < channels; c++) pixel[c] = x[c] > 0.0f;
+        }
+    }
+}

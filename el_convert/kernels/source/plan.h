@@ -1,0 +1,90 @@
+// What the files of the engine share: a prepared convolution and the work of one strip.
+#ifndef EL_CONVERT_PLAN_H
+#define EL_CONVERT_PLAN_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "engine.h"
+
+namespace el {
+
+// Lookups that a byte counter holds: each adds at most 4 to it.
+constexpr int kChunk = 63;
+// Weight bytes that are walked over all pixels of a strip before the next ones: half of L1.
+constexpr int kSlabBytes = 16384;
+constexpr int kRunPixels = 16;
+
+// A run of nibbles that is contiguous in the activations' map and in the weights.
+struct Chunk {
+    int32_t row, start;  // in the map, from the first byte that an output pixel sees
+    int32_t length;
+};
+
+struct Isa;
+
+struct Convolution {
+    el_geometry shape;
+    const Isa *isa;
+    int group_in, group_out;    // channels per group
+    int pixel_bytes;            // packed bits of one group of one pixel
+    int nibbles;                // of one pixel: 2 * pixel_bytes
+    int taps, depth;            // KH * KW; taps * nibbles
+    int block, blocks;          // output channels side by side; blocks per group
+    int padded_out;             // blocks * block
+    int plane;                  // padded_out of all groups
+    bool depthwise, pointwise;
+    Chunk *chunks;
+    int chunk_count;
+    uint8_t *weight;  // [group][block][depth][block bytes]: a nibble each; depthwise [tap][C]
+    // Prefix sums over taps of the number of +1 weights: [KH + 1][KW + 1][plane].
+    int32_t *plus;
+};
+
+// A rectangle of output pixels that is worked on at once: rows of one image, or, for pointwise
+// convolutions, a range of the flattened pixels of all images.
+struct Strip {
+    int64_t image;
+    int64_t row_begin, row_end;
+    int64_t begin, end;  // columns
+};
+
+struct Work {
+    const Convolution *conv;
+    const el_epilogue *epilogue;
+    const el_call *call;
+};
+
+// Byte offsets of what a strip needs in its scratch memory.
+struct Scratch {
+    int64_t rows, columns;  // of the map
+    int64_t row_bytes;      // of the map
+    size_t bits, map, sums, init, match, chunks, total;
+};
+
+struct Isa {
+    const char *name;
+    bool (*available)(void);
+    int width;      // bytes of a vector
+    int max_block;  // output channels side by side
+    void (*strip)(const Work &work, const Strip &strip, uint8_t *scratch);
+    double (*peak)(int rounds);
+};
+
+extern const Isa kAvx512, kAvx2, kNeon, kPortable;
+
+Scratch scratch_layout(const Convolution &conv, const el_call &call, const Strip &strip);
+
+// Where output channel `index` of a block lives in its vectors, so that widening bytes to 16 bits
+// by interleaving gives the channels in order.
+inline int lane_of(int index, int width) {
+    const int vector = index / width, inside = index % width, half = width / 2;
+    const int part = inside % half;
+    return vector * width + (part / 8) * 16 + part % 8 + (inside < half ? 0 : 8);
+}
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+}  // namespace el
+#endif

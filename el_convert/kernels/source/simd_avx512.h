@@ -1,0 +1,78 @@
+// The vector operations of the engine for AVX-512 (F, BW).
+#ifndef EL_CONVERT_SIMD_AVX512_H
+#define EL_CONVERT_SIMD_AVX512_H
+
+struct Simd {
+    typedef __m512i Bytes;
+    typedef __m512 Floats;
+    enum { kBytes = 64, kFloats = 16, kSigns = 16, kMaxBlock = 128 };
+
+    static inline Bytes zero() { return _mm512_setzero_si512(); }
+    static inline void store(uint8_t *p, Bytes v) { _mm512_storeu_si512(p, v); }
+    static inline Bytes load(const uint8_t *p) { return _mm512_loadu_si512(p); }
+    // 16 bytes, the same in each lane of 128 bits.
+    static inline Bytes table(const uint8_t *p) {
+        return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i *>(p)));
+    }
+    static inline Bytes lookup(Bytes table, Bytes index) {
+        return _mm512_shuffle_epi8(table, index);
+    }
+    static inline Bytes add(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
+    static inline Bytes differ(Bytes a, Bytes b) { return _mm512_xor_si512(a, b); }
+    static inline Bytes sub(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
+    // b + the high nibbles of s.
+    static inline Bytes add_high(Bytes b, Bytes s) {
+        return add(b, _mm512_and_si512(_mm512_srli_epi16(s, 4), _mm512_set1_epi8(15)));
+    }
+    static inline Bytes times16(Bytes b) {
+        return _mm512_and_si512(_mm512_slli_epi16(b, 4), _mm512_set1_epi8(-16));
+    }
+    template <bool kAdd>
+    static inline void spill(uint16_t *sums, Bytes counts) {
+        Bytes low = _mm512_unpacklo_epi8(counts, zero()), high = _mm512_unpackhi_epi8(counts, zero());
+        if (kAdd) {
+            low = _mm512_add_epi16(low, _mm512_loadu_si512(sums));
+            high = _mm512_add_epi16(high, _mm512_loadu_si512(sums + 32));
+        }
+        _mm512_storeu_si512(sums, low);
+        _mm512_storeu_si512(sums + 32, high);
+    }
+
+    static inline Floats load(const float *p) { return _mm512_loadu_ps(p); }
+    static inline void store(float *p, Floats v) { _mm512_storeu_ps(p, v); }
+    static inline Floats set(float v) { return _mm512_set1_ps(v); }
+    static inline Floats widen(const uint16_t *p) {
+        const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
+        return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(words));
+    }
+    static inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+    static inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+    static inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+    // The second operand where either is NaN.
+    static inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+    static inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+    static inline Floats prelu(Floats v, Floats slope) {
+        const __mmask16 positive = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GT_OQ);
+        return _mm512_mask_blend_ps(positive, _mm512_mul_ps(v, slope), v);
+    }
+    // The first `count` floats, then zeros; nothing beyond them is read.
+    static inline Floats load_first(const float *p, int count) {
+        return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+    }
+    static inline Floats pick(Floats v, const int32_t *lanes) {
+        return _mm512_permutexvar_ps(_mm512_loadu_si512(lanes), v);
+    }
+    // Lanes of even and odd number of a followed by b.
+    static inline void split(Floats a, Floats b, Floats *even, Floats *odd) {
+        const __m512i step = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26,
+                                               28, 30);
+        *even = _mm512_permutex2var_ps(a, step, b);
+        *odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(step, _mm512_set1_epi32(1)), b);
+    }
+    static inline unsigned signs(const float *x, const float *threshold) {
+        const Floats t = threshold ? load(threshold) : _mm512_setzero_ps();
+        return _mm512_cmp_ps_mask(load(x), t, _CMP_GT_OQ);
+    }
+};
+
+#endif

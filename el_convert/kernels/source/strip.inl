@@ -1,0 +1,201 @@
+// One strip of output pixels, from float input to float output. Included once per instruction set.
+
+// Which kernel taps of one dimension see the image rather than padding.
+struct Span {
+    int begin, end;
+    bool operator!=(const Span &other) const {
+        return begin != other.begin || end != other.end;
+    }
+};
+
+static inline Span span_of(int64_t first, int dilation, int taps, int64_t size) {
+    int begin = 0, end = taps;
+    while (begin < taps && first + static_cast<int64_t>(begin) * dilation < 0) begin++;
+    while (end > begin && first + static_cast<int64_t>(end - 1) * dilation >= size) end--;
+    const Span span = {begin, end};
+    return span;
+}
+
+// What the sums start from. Padding counts as sign -1 in the map: its +1 weights are given back.
+static void start_sums(const Convolution &conv, int group, int block, Span rows, Span columns,
+                       float *init) {
+    const int wide = conv.shape.kernel_w + 1;
+    const int32_t *plus = conv.plus + group * conv.padded_out + block * conv.block;
+    const ptrdiff_t step = conv.plane;
+    const int32_t *all = plus + (conv.shape.kernel_h * wide + conv.shape.kernel_w) * step;
+    const int32_t *a = plus + (rows.begin * wide + columns.begin) * step;
+    const int32_t *b = plus + (rows.begin * wide + columns.end) * step;
+    const int32_t *c = plus + (rows.end * wide + columns.begin) * step;
+    const int32_t *d = plus + (rows.end * wide + columns.end) * step;
+    const int seen = (rows.end - rows.begin) * (columns.end - columns.begin) * conv.group_in;
+    for (int m = 0; m < conv.block; m++)
+        init[m] = static_cast<float>(seen + 2 * (all[m] - (d[m] - c[m] - b[m] + a[m])));
+}
+
+// The epilogue over a strip's rows for one block of channels, by runs that see the same padding.
+static void finish_rows(const Work &work, const Strip &strip, int group, int block,
+                        const Scratch &at, uint8_t *scratch, int64_t sums_width) {
+    const Convolution &conv = *work.conv;
+    const el_geometry &shape = conv.shape;
+    const el_call &call = *work.call;
+    float *init = reinterpret_cast<float *>(scratch + at.init);
+    float *match = reinterpret_cast<float *>(scratch + at.match);
+    const uint16_t *sums = reinterpret_cast<const uint16_t *>(scratch + at.sums);
+    const int in_group = conv.depthwise ? shape.out_channels : conv.group_out;
+    Run run = {};
+    run.init = init;
+    run.channel = group * conv.group_out + block * conv.block;
+    run.channels = static_cast<int>(min64(conv.block, in_group - block * conv.block));
+    if (conv.pointwise) {
+        const Span all = {0, 1};
+        start_sums(conv, group, block, all, all, init);
+        run.sums = sums;
+        run.pixel = strip.begin;
+        epilogue(work, run, static_cast<int>(strip.end - strip.begin), match);
+        return;
+    }
+    for (int64_t y = strip.row_begin; y < strip.row_end; y++, sums += sums_width * conv.block) {
+        const Span rows = span_of(y * shape.stride_h - shape.top, shape.dilation_h, shape.kernel_h,
+                                  call.height);
+        for (int64_t x = strip.begin; x < strip.end;) {
+            const Span columns = span_of(x * shape.stride_w - shape.left, shape.dilation_w,
+                                         shape.kernel_w, call.width);
+            int64_t end = x + 1;
+            while (end < strip.end &&
+                   !(span_of(end * shape.stride_w - shape.left, shape.dilation_w, shape.kernel_w,
+                             call.width) != columns))
+                end++;
+            start_sums(conv, group, block, rows, columns, init);
+            run.sums = sums + (x - strip.begin) * conv.block;
+            run.pixel = (strip.image * call.out_height + y) * call.out_width + x;
+            epilogue(work, run, static_cast<int>(end - x), match);
+            x = end;
+        }
+    }
+}
+
+// How many chunks from `begin` on have weights that stay in the first-level cache together.
+static int slab_end(const Convolution &conv, int begin, int *depth) {
+    int end = begin;
+    *depth = 0;
+    while (end < conv.chunk_count &&
+           (end == begin || (*depth + conv.chunks[end].length) * conv.block <= kSlabBytes))
+        *depth += conv.chunks[end++].length;
+    return end;
+}
+
+static void count_block(const Convolution &conv, const Strip &strip, const uint8_t *weight,
+                        const Scratch &at, uint8_t *scratch) {
+    const int64_t pairs = (strip.end - strip.begin + 1) / 2;
+    const ptrdiff_t step =
+        static_cast<ptrdiff_t>(conv.nibbles) * (conv.pointwise ? 1 : 2 * conv.shape.stride_w);
+    const int64_t rows = strip.row_end - strip.row_begin;
+    uint16_t *sums = reinterpret_cast<uint16_t *>(scratch + at.sums);
+    for (int begin = 0; begin < conv.chunk_count;) {
+        int depth;
+        const int end = slab_end(conv, begin, &depth);
+        for (int64_t y = 0; y < rows; y++) {
+            const uint8_t *map = scratch + at.map + y * conv.shape.stride_h * at.row_bytes;
+            uint16_t *out = sums + y * pairs * 2 * conv.block;
+            const Chunk *chunks = conv.chunks + begin;
+            if (conv.block == Simd::kMaxBlock)
+                tile_row<Simd::kMaxBlock / Simd::kBytes>(map, step, at.row_bytes, pairs, chunks,
+                                                         end - begin, weight, out, begin == 0);
+            else
+                tile_row<Simd::kMaxBlock / Simd::kBytes / 2>(map, step, at.row_bytes, pairs,
+                                                             chunks, end - begin, weight, out,
+                                                             begin == 0);
+        }
+        weight += static_cast<size_t>(depth) * conv.block;
+        begin = end;
+    }
+}
+
+// Depthwise: one row of output pixels, one vector of channels; counts fit in bytes.
+template <int kTaps>
+static inline void depthwise_row(const Convolution &conv, const uint8_t *map,
+                                 const ptrdiff_t *taps, const uint8_t *weight, int64_t count,
+                                 uint16_t *sums) {
+    typedef Simd::Bytes Bytes;
+    const int n = kTaps ? kTaps : conv.taps;
+    const ptrdiff_t step = static_cast<ptrdiff_t>(conv.shape.stride_w) * conv.padded_out;
+    Bytes own[kTaps ? kTaps : 1];
+    for (int t = 0; t < kTaps; t++) own[t] = Simd::load(weight + t * conv.padded_out);
+    for (int64_t x = 0; x < count; x++, map += step, sums += conv.block) {
+        Bytes total = Simd::zero();
+        for (int t = 0; t < n; t++) {
+            const Bytes w = kTaps ? own[t] : Simd::load(weight + t * conv.padded_out);
+            total = Simd::add(total, Simd::differ(Simd::load(map + taps[t]), w));
+        }
+        uint8_t counts[Simd::kBytes];
+        Simd::store(counts, total);
+        for (int i = 0; i < Simd::kBytes; i++) sums[i] = counts[i];
+    }
+}
+
+static void depthwise_strip(const Work &work, const Strip &strip, const Scratch &at,
+                            uint8_t *scratch) {
+    const Convolution &conv = *work.conv;
+    const el_geometry &shape = conv.shape;
+    pack_bytes(work, strip, at, scratch);
+    ptrdiff_t *taps = reinterpret_cast<ptrdiff_t *>(scratch + at.chunks);
+    for (int y = 0; y < shape.kernel_h; y++)
+        for (int x = 0; x < shape.kernel_w; x++)
+            taps[y * shape.kernel_w + x] =
+                y * shape.dilation_h * at.row_bytes +
+                static_cast<ptrdiff_t>(x) * shape.dilation_w * conv.padded_out;
+    const int64_t width = strip.end - strip.begin;
+    for (int block = 0; block < conv.blocks; block++) {
+        uint16_t *sums = reinterpret_cast<uint16_t *>(scratch + at.sums);
+        for (int64_t y = 0; y < strip.row_end - strip.row_begin; y++, sums += width * conv.block) {
+            const uint8_t *map = scratch + at.map + y * shape.stride_h * at.row_bytes;
+            for (int c = 0; c < conv.block; c += Simd::kBytes) {
+                const ptrdiff_t from = block * conv.block + c;
+                if (conv.taps == 9)
+                    depthwise_row<9>(conv, map + from, taps, conv.weight + from, width, sums + c);
+                else
+                    depthwise_row<0>(conv, map + from, taps, conv.weight + from, width, sums + c);
+            }
+        }
+        finish_rows(work, strip, 0, block, at, scratch, width);
+    }
+}
+
+static void run_strip(const Work &work, const Strip &strip, uint8_t *scratch) {
+    const Convolution &conv = *work.conv;
+    const Scratch at = scratch_layout(conv, *work.call, strip);
+    if (conv.depthwise) return depthwise_strip(work, strip, at, scratch);
+    const int64_t width = (strip.end - strip.begin + 1) / 2 * 2;
+    const size_t block_bytes = static_cast<size_t>(conv.depth) * conv.block;
+    for (int group = 0; group < conv.shape.groups; group++) {
+        if (conv.pointwise) pack_pointwise(work, strip, group, at, scratch);
+        else pack_rows(work, strip, group, at, scratch);
+        for (int block = 0; block < conv.blocks; block++) {
+            const size_t index = static_cast<size_t>(group) * conv.blocks + block;
+            count_block(conv, strip, conv.weight + index * block_bytes, at, scratch);
+            finish_rows(work, strip, group, block, at, scratch, width);
+        }
+    }
+}
+
+static double peak(int rounds) {
+    enum { kDepth = 48, kPairs = 2, kRepeats = 64 };
+    static const Chunk chunk = {0, 0, kDepth};
+    alignas(64) static uint8_t map[kPairs * kDepth], weight[kDepth * Simd::kMaxBlock];
+    alignas(64) uint16_t sums[2 * kPairs * Simd::kMaxBlock];
+    for (int i = 0; i < kPairs * kDepth; i++) map[i] = static_cast<uint8_t>(i * 37);
+    for (int i = 0; i < kDepth * Simd::kMaxBlock; i++) weight[i] = i * 7 & 15;
+    double best = 0;
+    for (int round = 0; round < rounds; round++) {
+        const double start = seconds();
+        for (int i = 0; i < kRepeats; i++) {
+            tile<kPairs, Simd::kMaxBlock / Simd::kBytes>(map, kDepth, 0, &chunk, 1, weight, sums,
+                                                         true);
+            __asm__ volatile("" : : "g"(map), "g"(weight), "g"(sums) : "memory");
+        }
+        const double spent = seconds() - start;
+        const double rate = 8.0 * kPairs * kDepth * Simd::kMaxBlock * kRepeats / spent;
+        if (rate > best) best = rate;
+    }
+    return best;
+}
