@@ -270,7 +270,8 @@ def pack(file: Path, out: Path, half: bool) -> None:
     check_output(out)
     with _step("loading torch"):
         from el_convert.checkpoint import load, save
-        from el_convert.packing import pack
+        from el_convert.errors import first_few
+        from el_convert.packing import pack, slow_layers
     with _errors():
         with _step(f"reading {file}"):
             model = load(file).eval()
@@ -281,6 +282,9 @@ def pack(file: Path, out: Path, half: bool) -> None:
             click.echo(f"warning: {doubt.message}", err=True)
         with _step(f"writing {out}"):
             save(packed, out, half=half)
+    slow = [f"{path}: {why}" for path, why in slow_layers(packed)]
+    if slow:
+        click.echo(f"{len(slow)} layers run in plain torch: {first_few(slow)}", err=True)
     before, after = file.stat().st_size, out.stat().st_size
     click.echo(f"wrote {out} ({after / 1e6:.1f} MB, {before / after:.1f}x smaller than {file})")
 

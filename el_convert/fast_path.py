@@ -2,36 +2,72 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import operator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from el_convert.functional import same_padding
 from el_convert.kernels import ConvGeometry, engine
 from el_convert.kernels.native import Epilogue, NativeConv
 from el_convert.link import ElasticLink, align_channels, align_space
-
-if TYPE_CHECKING:
-    from el_convert.packed import PackedConv, Tail
+from el_convert.recipes import Recipe
+from el_convert.tail import Tail
 
 _LAST = torch.channels_last
 
 
-@dataclass(frozen=True)
+class PackedLayer(Protocol):
+    """What the engine needs to know of a `PackedConv`."""
+
+    in_channels: int
+    out_channels: int
+    groups: int
+    bits: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    threshold: Tensor | None
+    norm_scale: Tensor | None
+    norm_shift: Tensor | None
+    link: ElasticLink | None
+    recipe: Recipe
+    _buffers: dict[str, Any]
+    _modules: dict[str, Any]
+
+    def geometry(self, size: tuple[int, int]) -> ConvGeometry | None: ...
+
+
 class _Prepared:
-    """A layer laid out for the engine, and what it was made from.
+    """A layer laid out for the engine, for one size of input, and what it was made from."""
 
-    Attributes:
-        sources: the tensors it depends on, with the version each had.
-        size: (H, W) of the input its geometry is for.
-    """
+    def __init__(
+        self,
+        layer: PackedLayer,
+        tail: Tail,
+        sources: tuple[Tensor | None, ...],
+        size: tuple[int, int],
+        native: NativeConv,
+    ) -> None:
+        self.sources = sources
+        # Tensors of inference mode count no versions.
+        self.watched = [t for t in sources if t is not None and not t.is_inference()]
+        self.versions = [t._version for t in self.watched]
+        self.size = size
+        self.native = native
+        height, width = native.geometry.output_size(size)
+        self.output = (layer.out_channels, height, width)
+        kind = "none" if layer.link is None else _link_kind(layer.link)
+        pooled = layer.link is not None and _pools(layer, kind, size, (height, width))
+        self.epilogue = _epilogue(layer, tail, kind, pooled)
+        self.aligns = not pooled and _aligns(layer.link, size, (height, width), kind)
 
-    sources: tuple[tuple[Tensor | None, int], ...]
-    size: tuple[int, int]
-    native: NativeConv
-    epilogue: Epilogue
+    def serves(self, sources: tuple[Tensor | None, ...], size: torch.Size) -> bool:
+        """Whether it is for this size, and no tensor was exchanged or changed since."""
+        return (
+            self.size == size[2:]
+            and all(map(operator.is_, self.sources, sources))
+            and self.versions == [t._version for t in self.watched]
+        )
 
 
 class FastPath:
@@ -40,6 +76,7 @@ class FastPath:
     def __init__(self) -> None:
         self._prepared: _Prepared | None = None
         self._natives: dict[ConvGeometry, NativeConv | None] = {}
+        self._bits: tuple[Tensor | None, int] = (None, 0)
 
     def __deepcopy__(self, memo: object) -> FastPath:
         return FastPath()
@@ -47,105 +84,126 @@ class FastPath:
     def __reduce__(self) -> tuple[type[FastPath], tuple[()]]:
         return FastPath, ()
 
-    def run(self, layer: PackedConv, input: Tensor, tail: Tail) -> Tensor | None:
+    def run(self, layer: PackedLayer, input: Tensor, tail: Tail) -> Tensor | None:
         """The layer's output; None where the engine cannot give it."""
-        if not _plain(layer, input, tail):
+        if not _plain(input, layer.in_channels) or (_wants_gradient(input, tail)):
             return None
-        size = (int(input.shape[2]), int(input.shape[3]))
-        prepared = self._prepared
         sources = _sources(layer, tail)
-        if prepared is None or prepared.size != size or not _same(prepared.sources, sources):
-            prepared = self._prepare(layer, tail, size, sources)
+        prepared = self._prepared
+        size = input.shape
+        if prepared is None or not prepared.serves(sources, size):
+            prepared = self._prepare(layer, tail, sources, (int(size[2]), int(size[3])))
             if prepared is None:
                 return None
-        given = input
-        input = input.contiguous(memory_format=_LAST)
-        height, width = prepared.native.geometry.output_size(size)
-        shape = (input.shape[0], layer.out_channels, height, width)
         residual = tail.residual
         if residual is not None:
-            if residual.shape != shape:
+            if residual.shape != (size[0], *prepared.output) or not _plain(residual):
                 return None
             residual = residual.contiguous(memory_format=_LAST)
-        link = None
-        if layer.link is not None:
-            link = _link_source(layer.link, input, (height, width), prepared.epilogue.link)
+        given = input
+        input = input.contiguous(memory_format=_LAST)
+        link: Tensor | None = input
+        if prepared.aligns and layer.link is not None:
+            link = _aligned(layer.link, input, prepared.output[1:], prepared.epilogue.link)
         output = prepared.native(input, prepared.epilogue, link, residual)
         # As torch's own convolutions do, the output follows the input's layout in memory.
         return output if input is given else output.contiguous()
 
     def _prepare(
         self,
-        layer: PackedConv,
+        layer: PackedLayer,
         tail: Tail,
+        sources: tuple[Tensor | None, ...],
         size: tuple[int, int],
-        sources: tuple[tuple[Tensor | None, int], ...],
     ) -> _Prepared | None:
-        library = engine()
-        geometry = layer.geometry(size)
+        # Another thread may prepare at the same time: each then has its own, and one is kept.
+        library, geometry = engine(), layer.geometry(size)
         if library is None or geometry is None or min(geometry.output_size(size)) < 1:
             return None
-        old = self._prepared
-        if old is not None and not _same(old.sources[:1], sources[:1]):
-            self._natives.clear()
-        if geometry not in self._natives:
-            self._natives[geometry] = library.prepare(geometry, layer.bits)
-        native = self._natives[geometry]
+        if not all(t is None or t.is_cpu for t in sources) or not _floats(sources[1:]):
+            return None
+        bits = (layer.bits, 0 if layer.bits.is_inference() else layer.bits._version)
+        natives = self._natives if self._bits[0] is bits[0] and self._bits[1] == bits[1] else {}
+        if geometry not in natives:
+            natives[geometry] = library.prepare(geometry, layer.bits)
+        native = natives[geometry]
+        self._natives, self._bits = natives, bits
         if native is None:
             return None
-        self._prepared = _Prepared(sources, size, native, _epilogue(layer, tail))
-        return self._prepared
+        self._prepared = prepared = _Prepared(layer, tail, sources, size, native)
+        return prepared
 
 
-def _plain(layer: PackedConv, input: Tensor, tail: Tail) -> bool:
-    """Whether everything is an ordinary float32 tensor on the CPU that needs no gradient."""
-    if (
-        type(input) is not Tensor
-        or input.dim() != 4
-        or input.dtype != torch.float32
-        or input.device.type != "cpu"
-        or input.shape[1] != layer.in_channels
-        or input.numel() == 0
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-    ):
-        return False
-    if torch.is_grad_enabled() and _wants_gradient(layer, input, tail):
-        return False
-    scale = layer.scale
-    if layer.bits.device.type != "cpu" or (scale is not None and scale.dtype != torch.float32):
-        return False
+def _floats(tensors: tuple[Tensor | None, ...]) -> bool:
+    return all(t is None or t.dtype == torch.float32 for t in tensors)
+
+
+def _plain(input: Tensor, channels: int | None = None) -> bool:
+    """Whether it is an ordinary float32 feature map on the CPU, outside of any tracing."""
+    return (
+        type(input) is Tensor
+        and not torch.compiler.is_compiling()
+        and input.dtype is torch.float32
+        and input.is_cpu
+        and input.dim() == 4
+        and (channels is None or input.shape[1] == channels)
+        and input.numel() > 0
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_tracing()
+    )
+
+
+def _wants_gradient(input: Tensor, tail: Tail) -> bool:
     residual = tail.residual
-    return residual is None or (type(residual) is Tensor and residual.dtype == torch.float32)
+    wanted = input.requires_grad or (residual is not None and residual.requires_grad)
+    return wanted and torch.is_grad_enabled()
 
 
-def _wants_gradient(layer: PackedConv, input: Tensor, tail: Tail) -> bool:
-    return input.requires_grad or (tail.residual is not None and tail.residual.requires_grad)
-
-
-def _sources(layer: PackedConv, tail: Tail) -> tuple[tuple[Tensor | None, int], ...]:
-    gamma = None if layer.link is None else layer.link.gamma
-    tensors = (
-        layer.bits,
-        layer.threshold,
-        layer.scale,
-        layer.bias,
-        layer.norm_scale,
-        layer.norm_shift,
-        gamma,
+def _sources(layer: PackedLayer, tail: Tail) -> tuple[Tensor | None, ...]:
+    """Every tensor the layer depends on; past `__getattr__`, which is slow."""
+    own, link = layer._buffers, layer._modules["link"]
+    return (
+        own["bits"],
+        own["threshold"],
+        own["scale"],
+        own["bias"],
+        own["norm_scale"],
+        own["norm_shift"],
+        None if link is None else link._parameters["gamma"],
         tail.slope,
         tail.shift_in,
         tail.shift_out,
     )
-    return tuple((t, 0 if t is None or t.is_inference() else t._version) for t in tensors)
 
 
-def _same(
-    one: tuple[tuple[Tensor | None, int], ...], other: tuple[tuple[Tensor | None, int], ...]
+def _pools(layer: PackedLayer, kind: str, size: tuple[int, int], output: tuple[int, int]) -> bool:
+    """Whether the engine averages the link's windows of 2x2 pixels itself."""
+    link = layer.link
+    assert link is not None  # noqa: S101  # the caller asks for layers with a link
+    geometry = link.geometry
+    few, many = sorted((geometry.in_channels, geometry.out_channels))
+    if kind == "identity":
+        matched = few == many
+    else:  # within vectors, whose first channel is a multiple of 4 only without groups
+        matched = many // few in (2, 4) and (layer.groups == 1 or kind != "expand")
+    return (
+        matched
+        and link.options.downsample == "average"
+        and geometry.stride == (2, 2)
+        and not any(geometry.offset)
+        and size == (2 * output[0], 2 * output[1])
+    )
+
+
+def _aligns(
+    link: ElasticLink | None, size: tuple[int, int], output: tuple[int, int], kind: str
 ) -> bool:
-    return all(a is b and m == n for (a, m), (b, n) in zip(one, other, strict=True))
+    """Whether torch has work to do before the engine can add the link."""
+    if link is None:
+        return False
+    channels = kind == "identity" and link.kind != "identity"
+    return bool(link.spatial_kind) or size != output or channels
 
 
 def _vector(values: Tensor | None, channels: int) -> Tensor | None:
@@ -155,17 +213,17 @@ def _vector(values: Tensor | None, channels: int) -> Tensor | None:
     return values.detach().float().reshape(-1).expand(channels).contiguous()
 
 
-def _epilogue(layer: PackedConv, tail: Tail) -> Epilogue:
+def _epilogue(layer: PackedLayer, tail: Tail, link_kind: str, pooled: bool) -> Epilogue:
     channels = layer.out_channels
-    gamma = link = None
-    if layer.link is not None:
-        link = layer.link
+    gamma, link = None, layer.link
+    if link is not None:
         fixed = torch.full((channels,), link.options.gamma_init)
         gamma = fixed if link.gamma is None else link.gamma
     shift_in = None if tail.shift_in is None else -tail.shift_in.detach()
     kind = tail.activation
     return Epilogue(
-        link="none" if link is None else _link_kind(link),
+        link=link_kind,
+        link_pooled=pooled,
         link_after_norm=layer.recipe.link.place == "after-norm",
         activation="prelu" if kind in ("prelu", "rprelu") else kind,
         low=tail.low,
@@ -193,12 +251,11 @@ def _link_kind(link: ElasticLink) -> str:
     return "identity"
 
 
-def _link_source(link: ElasticLink, input: Tensor, size: tuple[int, int], kind: str) -> Tensor:
-    geometry = link.geometry
+def _aligned(link: ElasticLink, input: Tensor, size: tuple[int, ...], kind: str) -> Tensor:
+    geometry, options = link.geometry, link.options
     if link.spatial_kind or input.shape[2:] != size:
-        input = align_space(input, size, geometry, link.options.downsample)
-    if kind == "identity" and geometry.in_channels != geometry.out_channels:
-        options = link.options
+        input = align_space(input, size, geometry, options.downsample)
+    if kind == "identity" and link.kind != "identity":
         channels = geometry.out_channels
         input = align_channels(input, channels, 1, options.squeeze, options.expand)
     return input.contiguous(memory_format=_LAST)

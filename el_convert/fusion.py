@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -19,8 +18,9 @@ from el_convert.convert import exchange
 from el_convert.graphs import trace_module
 from el_convert.nn import RPReLU
 from el_convert.packed import PackedConv, foldable
-from el_convert.tracing import has_forward_hooks, same_attributes
+from el_convert.tracing import has_forward_hooks, same_attributes, structure_copy
 
+_LEAVES = (PackedConv, fx.GraphModule)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _SUMS = {operator.add, operator.iadd, torch.add}
 _SUM_METHODS = {"add", "add_"}
@@ -45,22 +45,31 @@ def fuse_blocks(model: nn.Module) -> None:
         id(module) for _, module in model.named_modules(remove_duplicate=False)
     )  # a layer under two names may be called from anywhere
     new: dict[int, nn.Module] = {}
-    for block in _blocks(model):
-        if id(block) not in new:
-            graph = _fused(block, uses)
-            if graph is not None:
-                new[id(block)] = graph
+    _fuse_children(model, uses, new)
     exchange(model, new)
+    exchange(model, _folded(model, uses))
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules that are no plain containers, with those inside them after them."""
-    for child in model.children():
-        if isinstance(child, PackedConv) or not _holds_packed(child):
+def _fuse_children(parent: nn.Module, uses: Counter[int], new: dict[int, nn.Module]) -> None:
+    """The outermost modules that are no plain containers; those inside where these do not trace."""
+    for child in parent.children():
+        if isinstance(child, PackedConv) or id(child) in new or not _holds_packed(child):
             continue
-        if type(child) not in _CONTAINERS:
-            yield child
-        yield from _blocks(child)
+        graph = None if type(child) in _CONTAINERS else _fused(child, uses)
+        if graph is None:
+            _fuse_children(child, uses, new)
+        else:
+            new[id(child)] = graph
+
+
+def _folded(model: nn.Module, uses: Counter[int]) -> dict[int, nn.Module]:
+    """Norms that the model itself calls after packed layers, folded: nothing is left to do."""
+    twin = structure_copy(model)
+    with same_attributes(twin):
+        graph = trace_module(twin, lambda m: isinstance(m, _LEAVES) or not _holds_packed(m))
+    if isinstance(graph, str):
+        return {}
+    return _Fuser(graph, model, uses).fold_norms()
 
 
 def _holds_packed(module: nn.Module) -> bool:
@@ -79,8 +88,7 @@ def _fused(block: nn.Module, uses: Counter[int]) -> nn.Module | None:
         graph = trace_module(block, _is_leaf)
     if isinstance(graph, str):
         return None
-    fuser = _Fuser(graph, uses)
-    if not fuser.run():
+    if not _Fuser(graph, block, uses).run():
         return None
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
@@ -91,25 +99,42 @@ def _fused(block: nn.Module, uses: Counter[int]) -> nn.Module | None:
 class _Fuser:
     """Fuses within one graph. A node is fused if it is all that reads the one before it."""
 
-    def __init__(self, graph: fx.GraphModule, uses: Counter[int]) -> None:
+    def __init__(self, graph: fx.GraphModule, origin: nn.Module, uses: Counter[int]) -> None:
         self.module = graph
+        self.origin = origin
         self.graph = graph.graph
+        self._fused = False
         calls = Counter(node.target for node in self.graph.nodes if node.op == "call_module")
         self._single = {
             target
             for target, count in calls.items()
-            if count == 1 and uses[id(graph.get_submodule(str(target)))] == 1
+            if count == 1 and uses[id(origin.get_submodule(str(target)))] == 1
         }
 
     def run(self) -> bool:
         """Whether anything was fused."""
         self._drop_nothings()
-        before = len(self.graph.nodes)
         for node in list(self.graph.nodes):
             conv = self._called(node)
             if isinstance(conv, PackedConv) and node.target in self._single and not node.kwargs:
                 self._absorb(node, conv)
-        return len(self.graph.nodes) < before
+        return self._fused
+
+    def fold_norms(self) -> dict[int, nn.Module]:
+        """Fold what can be into the origin's layers; what takes the place of each norm, by id."""
+        new: dict[int, nn.Module] = {}
+        for node in list(self.graph.nodes):
+            user = _only_user(node)
+            if user is None or user.target not in self._single or node.target not in self._single:
+                continue
+            conv = self.origin.get_submodule(str(node.target))
+            norm = self.origin.get_submodule(str(user.target))
+            plain = not (has_forward_hooks(conv) or has_forward_hooks(norm))
+            if isinstance(conv, PackedConv) and plain and _foldable_after(norm, conv):
+                conv.fold(norm)  # type: ignore[arg-type]
+                held = type(norm).__name__ in _NORM_ACTS
+                new[id(norm)] = norm.get_submodule("act") if held else nn.Identity()
+        return new
 
     def _called(self, node: fx.Node) -> nn.Module | None:
         if node.op != "call_module":
@@ -139,6 +164,7 @@ class _Fuser:
         norm = None if user is None else self._called(user)
         if user is None or user.target not in self._single or not _foldable_after(norm, conv):
             return
+        self._fused = True
         conv.fold(norm)  # type: ignore[arg-type]
         if type(norm).__name__ in _NORM_ACTS:
             with self.graph.inserting_before(user):
@@ -155,6 +181,7 @@ class _Fuser:
         other = user.args[1] if user.args[0] is node else user.args[0]
         if not isinstance(other, fx.Node) or other is node:
             return False
+        self._fused = True
         # The sum may be of something that is computed after the convolution.
         user.prepend(node)
         for name in ("slope", "shift_in", "shift_out"):
@@ -190,6 +217,7 @@ class _Fuser:
             conv.tail = replace(conv.tail, activation="rprelu")
         else:
             return False
+        self._fused = True
         user.replace_all_uses_with(node)
         self.graph.erase_node(user)
         return True
@@ -221,4 +249,3 @@ def _foldable_after(norm: nn.Module | None, conv: PackedConv) -> bool:
     after_norm = conv.link is not None and conv.recipe.link.place == "after-norm"
     plain = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     return not after_norm and (plain or type(norm).__name__ in _NORM_ACTS)
-

@@ -73,9 +73,7 @@ def is_graph_leaf(module: nn.Module) -> bool:
     return is_convolution(module) or not holds_convolution(module)
 
 
-def trace_module(
-    module: nn.Module, is_leaf: Callable[[nn.Module], bool]
-) -> fx.GraphModule | str:
+def trace_module(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.GraphModule | str:
     """A GraphModule of the module's mode, or why its forward does not trace.
 
     Args:

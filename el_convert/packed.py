@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from el_convert.fast_path import FastPath
 from el_convert.functional import pack_bits, pad_same, same_padding, unpack_bits
 from el_convert.kernels import ConvGeometry, binary_conv2d
 from el_convert.nn import BinaryConv, OneBitConv, transposed_convolution
+from el_convert.tail import Tail
 
 _CONVOLVE: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
 _GEOMETRY = (
@@ -33,55 +33,11 @@ _GEOMETRY = (
 )
 
 
-@dataclass(frozen=True)
-class Tail:
-    """What a packed layer does after its norm, fused from the modules around it.
-
-    Attributes:
-        activation: "none"; "clamp" to [low, high], as ReLU and ReLU6; "prelu"; "rprelu".
-        low, high: of "clamp".
-        residual_last: whether the residual is added after the activation instead of before.
-        residual: of the output's shape, or None.
-        slope: (C_out,) or (1,), of "prelu" and "rprelu".
-        shift_in, shift_out: (C_out,), of "rprelu".
-    """
-
-    activation: Literal["none", "clamp", "prelu", "rprelu"] = "none"
-    low: float = 0.0
-    high: float = float("inf")
-    residual_last: bool = False
-    residual: Tensor | None = None
-    slope: Tensor | None = None
-    shift_in: Tensor | None = None
-    shift_out: Tensor | None = None
-
-    def apply(self, output: Tensor) -> Tensor:
-        """The formula in plain torch, on (N, C_out, ...)."""
-        if self.residual is not None and not self.residual_last:
-            output = output + self.residual
-        if self.activation == "clamp":
-            output = F.relu(output) if self._is_relu else output.clamp(self.low, self.high)
-        elif self.activation != "none":
-            output = self._prelu(output)
-        if self.residual is not None and self.residual_last:
-            output = output + self.residual
-        return output
-
-    @property
-    def _is_relu(self) -> bool:
-        return self.low == 0 and self.high == float("inf")
-
-    def _prelu(self, output: Tensor) -> Tensor:
-        assert self.slope is not None  # noqa: S101  # both kinds have one
-        shape = (-1, *[1] * (output.dim() - 2))
-        if self.shift_in is not None:
-            output = output - self.shift_in.view(shape)
-        output = F.prelu(output, self.slope)
-        return output if self.shift_out is None else output + self.shift_out.view(shape)
-
-
 class PackedConv(OneBitConv):
-    r"""A binary convolution of any kind for inference: bit for bit what `BinaryConv` computes.
+    r"""A binary convolution of any kind for inference: what `BinaryConv` computes in eval mode.
+
+    The sums of signs are exact, and what follows is done in the same order and precision, on
+    the native engine where it has a fast path (see `obstacle`), else in torch.
 
     .. math:: y = s \cdot \text{conv}(\text{pad}_0(b(x - t)), \pm 1) + \text{bias}, \qquad
               \text{out} = y + \gamma \cdot \text{align}(x)
@@ -140,8 +96,8 @@ class PackedConv(OneBitConv):
         threshold = layer.threshold
         self.register_buffer("threshold", None if threshold is None else threshold.detach())
         self._border = getattr(layer, "_reversed_padding_repeated_twice", [])
-        self.norm = layer.norm
-        self.link = layer.link
+        self.register_module("norm", layer.norm)
+        self.register_module("link", layer.link)
         self.tail = Tail()
         self.register_buffer("norm_scale", None)
         self.register_buffer("norm_shift", None)
@@ -166,19 +122,44 @@ class PackedConv(OneBitConv):
         shift = bias.double() - mean.double() * scale.double()
         self.norm_scale, self.norm_shift = scale, shift.to(scale.dtype)
 
+    def obstacle(self) -> str:
+        """Why the native engine has no fast path for this layer; "" where it has one."""
+        if len(self.kernel_size) != 2:
+            return f"{len(self.kernel_size)}d convolution"
+        if self.transposed:
+            return "transposed convolution"
+        if self.padding_mode != "zeros":
+            return f"padding mode {self.padding_mode}"
+        if not self.recipe.input.binary:
+            return "its input is real-valued"
+        if self.recipe.input.scale != "none":
+            return f"activation scale {self.recipe.input.scale}"
+        if self.norm is not None:
+            return f"{type(self.norm).__name__} between convolution and link"
+        if self._too_deep():
+            return "its kernel is too large to be counted in 16 bits"
+        return ""
+
+    def _too_deep(self) -> bool:
+        depthwise = self.in_channels == self.out_channels == self.groups
+        depth = self.in_channels // self.groups * torch.Size(self.kernel_size).numel()
+        return depth > (255 if depthwise else 65535)
+
     def geometry(self, size: tuple[int, int]) -> ConvGeometry | None:
-        """The layer as the engine knows it, for (H, W); None where it is of another kind."""
-        if len(self.kernel_size) != 2 or self.transposed or self.padding_mode != "zeros":
-            return None
-        if not self.recipe.input.binary or self.recipe.input.scale != "none" or self.norm:
-            return None
-        return self._geometry(self._pads(size))
+        """The layer as the engine knows it, for (H, W); None where there is an `obstacle`."""
+        return None if self.obstacle() else self._geometry(self._pads(size))
 
     def _geometry(self, pads: Sequence[int]) -> ConvGeometry:
-        kernel, stride, dilation = (tuple(v) for v in (self.kernel_size, self.stride, self.dilation))
         left, right, top, bottom = pads
-        channels = (self.in_channels, self.out_channels, self.groups)
-        return ConvGeometry(*channels, kernel, stride, dilation, (top, bottom, left, right))
+        return ConvGeometry(
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            groups=self.groups,
+            kernel=(self.kernel_size[0], self.kernel_size[1]),
+            stride=(self.stride[0], self.stride[1]),
+            dilation=(self.dilation[0], self.dilation[1]),
+            padding=(top, bottom, left, right),
+        )
 
     def _pads(self, size: Sequence[int]) -> list[int]:
         """Zeros around the input, in the order of `F.pad`."""
@@ -206,8 +187,7 @@ class PackedConv(OneBitConv):
             )
         tail = self.tail
         if residual is not None or slope is not None:
-            given = (residual, slope, shift_in, shift_out)
-            tail = Tail(tail.activation, tail.low, tail.high, tail.residual_last, *given)
+            tail = tail.given(residual, slope, shift_in, shift_out)
         output = self._fast.run(self, input, tail)
         return tail.apply(self._by_torch(input, output_size)) if output is None else output
 
@@ -274,5 +254,3 @@ class PackedConv(OneBitConv):
 def foldable(norm: Any) -> bool:
     """Whether a norm is, in eval mode, one multiply-add per channel."""
     return isinstance(norm, _BatchNorm) and norm.running_mean is not None
-
-

@@ -18,15 +18,16 @@ LAYERS = (
     ("_version",),
     ("errors", "atomic"),
     ("functional", "recipes", "tracing", "catalog"),
-    ("calls", "link"),
-    ("facts",),
+    ("calls", "kernels", "link", "tail"),
+    ("facts", "fast_path"),
     ("sites", "nn"),
     ("activations", "nn_timm"),
     ("patterns",),
     ("planning",),
     ("convert",),
     ("graphs", "packed", "zoo"),
-    ("header", "render", "state"),
+    ("fusion",),
+    ("header", "packing", "render", "state"),
     ("checkpoint", "report"),
     ("cli",),
     ("__main__", "__init__"),
@@ -39,7 +40,10 @@ ALLOWED_HEAVY = {
     "zoo": {"timm", "torchvision"},
     "catalog": {"timm", "torchvision"},
 }
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+FILES = {path.stem: path for path in PACKAGE.glob("*.py")}
+KERNELS = {path.stem: path for path in (PACKAGE / "kernels").glob("*.py")}
+KERNEL_LAYERS = ("geometry", "native", "reference", "operator", "__init__")
+MODULES = sorted({*FILES, "kernels"})
 
 
 def imported(path: Path) -> tuple[set[str], set[str]]:
@@ -58,6 +62,7 @@ def imported(path: Path) -> tuple[set[str], set[str]]:
         for name in names:
             top, _, rest = name.partition(".")
             (own if top == "el_convert" else others).add(rest if top == "el_convert" else top)
+    own = {name if path.parent.name == "kernels" else name.split(".")[0] for name in own}
     return own, others
 
 
@@ -65,9 +70,9 @@ def test_every_module_has_a_place() -> None:
     assert set(MODULES) == set(LEVEL)
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "__init__"])
+@pytest.mark.parametrize("name", [name for name in FILES if name != "__init__"])
 def test_imports_go_one_way(name: str) -> None:
-    own, others = imported(PACKAGE / f"{name}.py")
+    own, others = imported(FILES[name])
     if name == "render":
         own.discard("report")  # for its types alone
     for used in own:
@@ -75,10 +80,22 @@ def test_imports_go_one_way(name: str) -> None:
     assert others & HEAVY <= ALLOWED_HEAVY.get(name, set())
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_files_are_one_idea(name: str) -> None:
-    assert name not in ("utils", "common", "core", "base", "helpers")
-    assert len((PACKAGE / f"{name}.py").read_text().splitlines()) <= 400
+@pytest.mark.parametrize("name", KERNEL_LAYERS)
+def test_kernels_import_one_way(name: str) -> None:
+    assert set(KERNEL_LAYERS) == set(KERNELS)
+    own, others = imported(KERNELS[name])
+    below = {f"kernels.{module}" for module in KERNEL_LAYERS[: KERNEL_LAYERS.index(name)]}
+    assert own <= below | {"functional"}
+    assert not others & HEAVY
+
+
+SOURCES = [*FILES.values(), *KERNELS.values(), *(PACKAGE / "kernels" / "source").iterdir()]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_files_are_one_idea(path: Path) -> None:
+    assert path.stem not in ("utils", "common", "core", "base", "helpers")
+    assert len(path.read_text().splitlines()) <= 400
 
 
 def loaded(code: str) -> set[str]:

@@ -95,13 +95,19 @@ def layers(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     return layer.eval(), x
 
 
+def agree(given: Tensor, expected: Tensor, tolerance: float = 1e-4) -> bool:
+    """Whether two results are the same but for rounding."""
+    error = (given.double() - expected.double()).norm()
+    return given.shape == expected.shape and bool(error <= tolerance * expected.double().norm())
+
+
 @settings(max_examples=150)
 @given(layers())
 def test_any_layer_gives_the_same(drawn: tuple[nn.Module, Tensor]) -> None:
     layer, x = drawn
     packed = PackedConv(layer)  # type: ignore[arg-type]
     before = copy.deepcopy(layer.state_dict())
-    assert torch.equal(packed(x).nan_to_num(7.5), layer(x).nan_to_num(7.5))
+    assert agree(packed(x).nan_to_num(7.5), layer(x).nan_to_num(7.5), 1e-6)
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
     assert torch.equal(packed.signs(), torch.where(layer.latent_weight() > 0, 1.0, -1.0))  # type: ignore[operator]
 
@@ -110,7 +116,7 @@ def test_layouts_dtypes_and_sizes() -> None:
     layer = BinaryConv2d(6, 10, 3, stride=2, padding=1).eval()
     x = torch.randn(2, 6, 9, 7)
     for view in (x.to(memory_format=torch.channels_last), x[:, :, ::2, 1:], x[:0], x[0]):
-        assert torch.equal(PackedConv(layer)(view), layer(view))
+        assert agree(PackedConv(layer)(view), layer(view), 1e-6)
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         other = copy.deepcopy(layer).to(dtype)
         assert torch.equal(PackedConv(other)(x.to(dtype)), other(x.to(dtype)))
@@ -129,7 +135,7 @@ def test_models_give_the_same(case: Case) -> None:
     assert not packed.training
     assert str(model) == str(before)  # a copy was packed
     with torch.no_grad():
-        assert torch.equal(packed(case.input()), model(case.input()))
+        assert agree(packed(case.input()), model(case.input()))
     stored = sum(t.numel() * t.element_size() for t in packed.state_dict().values())
     summary = summarize(packed, (3, case.side, case.side))
     assert summary.ops == summarize(model, (3, case.side, case.side)).ops
@@ -168,7 +174,7 @@ def test_in_place_and_shared_layers() -> None:
     assert packed is model
     assert packed.conv is packed.again is packed.listed[0]
     assert isinstance(packed.conv, PackedConv)
-    assert torch.equal(packed(x), expected)
+    assert agree(packed(x), expected)
 
 
 def test_copies_graphs_and_exports() -> None:
@@ -176,12 +182,12 @@ def test_copies_graphs_and_exports() -> None:
     packed = pack(model)
     with torch.no_grad():
         expected = model(x)
-        assert torch.equal(copy.deepcopy(packed)(x), expected)
-        assert torch.equal(torch.compile(packed, backend="eager", fullgraph=True)(x), expected)
-        assert torch.equal(torch.export.export(packed, (x,)).module()(x), expected)
+        assert agree(copy.deepcopy(packed)(x), expected)
+        assert agree(torch.compile(packed, backend="eager", fullgraph=True)(x), expected)
+        assert agree(torch.export.export(packed, (x,)).module()(x), expected)
         other = pack(small())
         other.load_state_dict(packed.state_dict())
-        assert torch.equal(other(x), expected)
+        assert agree(other(x), expected)
 
 
 def test_doubts_are_said() -> None:
@@ -224,4 +230,4 @@ def test_mixed_kernels_stay_as_they_are() -> None:
     packed, x = pack(model), torch.randn(1, 3, 64, 64)
     kinds = {type(module).__name__ for module in packed.modules()}
     assert {"PackedConv", "BinaryCondConv2d"} <= kinds
-    assert torch.equal(flat_tensors(packed(x))[0], flat_tensors(model(x))[0])
+    assert agree(flat_tensors(packed(x))[0], flat_tensors(model(x))[0])

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_void_p,
+)
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +28,7 @@ from torch import Tensor
 
 from el_convert.kernels.geometry import ConvGeometry
 
-ABI = 1
+ABI = 2
 LINK_KINDS = ("none", "identity", "expand", "mean", "sum")
 ACTIVATION_KINDS = ("none", "clamp", "prelu")
 INSTRUCTION_SET_VARIABLE = "EL_CONVERT_ISA"
@@ -48,7 +58,9 @@ class _Epilogue(Structure):
         ("high", c_float),
         *[
             (name, c_int32)
-            for name in ("link", "link_after_norm", "activation", "residual_last")
+            for name in (
+                "link", "link_after_norm", "activation", "residual_last", "link_pooled",
+            )
         ],
     ]  # fmt: skip
 
@@ -136,6 +148,8 @@ class Epilogue:
     Args:
         link: one of `LINK_KINDS`.
         link_after_norm: whether the link is added after the norm.
+        link_pooled: whether the link is averaged over windows of 2x2 pixels first; it is matched
+            by 1, 2 or 4 channels then, or expanded by 8.
         activation: one of `ACTIVATION_KINDS`.
         low, high: of "clamp".
         residual_last: whether the residual is added after the activation.
@@ -148,19 +162,26 @@ class Epilogue:
         *,
         link: str = "none",
         link_after_norm: bool = False,
+        link_pooled: bool = False,
         activation: str = "none",
         low: float = 0.0,
         high: float = float("inf"),
         residual_last: bool = False,
         **vectors: Tensor | None,
     ) -> None:
+        if activation == "prelu" and vectors.get("slope") is None:
+            raise ValueError("the activation prelu needs a slope")
+        if link != "none" and vectors.get("gamma") is None:
+            raise ValueError("a link needs its gamma")
         self.kept_alive = [v for v in vectors.values() if v is not None]
         self.link = link
+        self.link_pooled = link_pooled
         self.native = _Epilogue(
             low=low,
             high=high,
             link=LINK_KINDS.index(link),
             link_after_norm=link_after_norm,
+            link_pooled=link_pooled,
             activation=ACTIVATION_KINDS.index(activation),
             residual_last=residual_last,
             **{name: v.data_ptr() for name, v in vectors.items() if v is not None},
@@ -195,6 +216,7 @@ class NativeConv:
             input: (N, C_in, H, W) float32 on the CPU, channels_last in memory.
             epilogue: what follows the sums.
             link: (N, C_in, OH, OW), or C_out channels for the link "identity"; channels_last.
+                Twice as high and wide where the epilogue pools it.
             residual: of the output's shape, channels_last.
 
         Returns:

@@ -16,8 +16,8 @@ _SCHEMA = (
     "(Tensor input, Tensor bits, Tensor? threshold, int[2] kernel, int[2] stride, int[4] padding, "
     "int[2] dilation, int groups) -> Tensor"
 )
-_library = torch.library.Library("el_convert", "DEF")
-_library.define(f"binary_conv2d{_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
+_library = torch.library.Library("el_convert", "DEF")  # type: ignore[no-untyped-call]
+_library.define(f"binary_conv2d{_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 _Prepared = tuple[ConvGeometry, int, int, NativeConv | None]
 _prepared: weakref.WeakKeyDictionary[torch.UntypedStorage, _Prepared] = weakref.WeakKeyDictionary()
 
@@ -64,10 +64,16 @@ def _geometry(
     dilation: Sequence[int],
     groups: int,
 ) -> ConvGeometry:
-    pairs = [(a, b) for a, b in (kernel, stride, dilation)]
     top, bottom, left, right = padding
-    channels = (input.shape[1], bits.shape[0], groups)
-    return ConvGeometry(*channels, *pairs, (top, bottom, left, right))
+    return ConvGeometry(
+        in_channels=input.shape[1],
+        out_channels=bits.shape[0],
+        groups=groups,
+        kernel=(kernel[0], kernel[1]),
+        stride=(stride[0], stride[1]),
+        dilation=(dilation[0], dilation[1]),
+        padding=(top, bottom, left, right),
+    )
 
 
 @torch.library.impl(_library, "binary_conv2d", "CompositeExplicitAutograd")
@@ -101,14 +107,16 @@ def _prepared_for(bits: Tensor, geometry: ConvGeometry) -> NativeConv | None:
         return None
     version = 0 if bits.is_inference() else bits._version
     storage = bits.untyped_storage()
-    key = (geometry, version, bits.storage_offset())
+    key = (geometry, version, int(bits.storage_offset()))
     known = _prepared.get(storage)
-    if known is None or known[:3] != key:
-        _prepared[storage] = known = (*key, library.prepare(geometry, bits))
-    return known[3]
+    if known is not None and known[:3] == key:
+        return known[3]
+    native = library.prepare(geometry, bits)
+    _prepared[storage] = (*key, native)
+    return native
 
 
-@torch.library.register_fake("el_convert::binary_conv2d", lib=_library)
+@torch.library.register_fake("el_convert::binary_conv2d", lib=_library)  # type: ignore[untyped-decorator]
 def _fake(input: Tensor, bits: Tensor, threshold: Tensor | None, *shape: object) -> Tensor:
     geometry = _geometry(input, bits, *shape)  # type: ignore[arg-type]
     size = (input.shape[0], geometry.out_channels, *geometry.output_size(_size(input)))

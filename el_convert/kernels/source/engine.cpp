@@ -1,7 +1,7 @@
 // Preparing convolutions, cutting calls into strips, and sharing these among threads.
 #include "engine.h"
 
-#include "common.h"
+#include "system.h"
 
 namespace el {
 namespace {
@@ -14,13 +14,12 @@ const int64_t kStripBytes = 192 * 1024;  // of scratch: well inside a second-lev
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
 Parallel parallel = nullptr;
 
-const Isa *find_isa(const char *name, int group_out, bool depthwise) {
+const Isa *find_isa(const char *name, int outputs) {
     const Isa *best = nullptr;
     for (int i = 0; i < kIsaCount; i++) {
         if (!kIsas[i]->available() || (name && strcmp(name, kIsas[i]->name))) continue;
         if (!best) best = kIsas[i];
-        if (best == &kAvx512 && kIsas[i] == &kAvx2 && group_out <= kNarrow && !depthwise)
-            best = kIsas[i];
+        if (best == &kAvx512 && kIsas[i] == &kAvx2 && outputs <= kNarrow) best = kIsas[i];
     }
     return best;
 }
@@ -249,7 +248,7 @@ void *el_create(const el_geometry *geometry, const uint8_t *weight, const char *
     if (bad_shape(*geometry)) return nullptr;
     const el_geometry &g = *geometry;
     const bool depthwise = g.in_channels == g.groups && g.out_channels == g.groups;
-    const Isa *found = find_isa(isa, g.out_channels / g.groups, depthwise);
+    const Isa *found = find_isa(isa, depthwise ? g.out_channels : g.out_channels / g.groups);
     Convolution *conv = static_cast<Convolution *>(calloc(1, sizeof(Convolution)));
     if (!found || !conv) {
         free(conv);
@@ -296,7 +295,7 @@ int el_run(const void *convolution, const el_epilogue *epilogue, const el_call *
 }
 
 double el_peak(const char *isa, int rounds) {
-    const Isa *found = find_isa(isa, kNarrow + 1, false);
+    const Isa *found = find_isa(isa, kNarrow + 1);
     return found ? found->peak(rounds) : 0;
 }
 

@@ -10,7 +10,7 @@
 #define EL_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define EL_ABI 1
+#define EL_ABI 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -41,6 +41,8 @@ typedef struct {
     const float *scale, *bias, *gamma, *norm_scale, *norm_shift, *slope, *act_in, *act_out;
     float low, high;  // of EL_ACT_CLAMP
     int32_t link, link_after_norm, activation, residual_last;
+    // The link is averaged over windows of 2x2 pixels: el_call.link is then (N, 2 OH, 2 OW, C).
+    int32_t link_pooled;
 } el_epilogue;
 
 // All feature maps are float32, (N, H, W, C) in memory.

@@ -22,7 +22,34 @@ static inline void store_lanes(float *p, Simd::Floats v, int count) {
     memcpy(p, padded, static_cast<size_t>(count) * sizeof *p);
 }
 
-// Where a pixel's link comes from: `at` gives one vector, from channel `at` of the block on.
+// Where pixels are read that the link is made of.
+template <bool kPooled>
+struct Source {
+    const float *from;
+    ptrdiff_t step;         // to the next output pixel's
+    ptrdiff_t right, down;  // within a window of 2x2
+    template <class Load>
+    Simd::Floats load(const Load &one, ptrdiff_t at) const {
+        const float *p = from + at;
+        if (!kPooled) return one(p);
+        // In torch's order: the sum of four, rounded each time, and a quarter of it.
+        const Simd::Floats row = Simd::add(one(p), one(p + right));
+        const Simd::Floats sum = Simd::add(Simd::add(row, one(p + down)), one(p + down + right));
+        return Simd::mul(sum, Simd::set(0.25f));
+    }
+    void next() { from += step; }
+};
+
+struct LoadAll {
+    Simd::Floats operator()(const float *p) const { return Simd::load(p); }
+};
+
+struct LoadFirst {
+    int count;
+    Simd::Floats operator()(const float *p) const { return Simd::load_first(p, count); }
+};
+
+// Links: `at` gives one vector of the pixel's, from channel `at` of the block on.
 struct NoLink {
     static const bool kAny = false;
     template <bool kTail>
@@ -31,44 +58,48 @@ struct NoLink {
 };
 
 // As many channels as the output has.
+template <bool kPooled>
 struct DirectLink {
     static const bool kAny = true;
-    const float *from;
-    ptrdiff_t step;
+    Source<kPooled> source;
     template <bool kTail>
-    Simd::Floats at(int at, int count) const { return load_lanes<kTail>(from + at, count); }
-    void next() { from += step; }
+    Simd::Floats at(int at, int count) const {
+        const LoadFirst first = {count};
+        return kTail ? source.load(first, at) : source.load(LoadAll(), at);
+    }
+    void next() { source.next(); }
 };
 
 // Each input channel for `times` output channels, a divisor of the vector's length.
+template <bool kPooled>
 struct ExpandLink {
     static const bool kAny = true;
-    const float *from;
-    ptrdiff_t step;
+    Source<kPooled> source;
     int inputs, shift;  // input channels of a vector; log2 of `times`
     int32_t lanes[Simd::kFloats];
     template <bool kTail>
     Simd::Floats at(int at, int count) const {
-        const int some = kTail ? ((count - 1) >> shift) + 1 : inputs;
-        return Simd::pick(Simd::load_first(from + (at >> shift), some), lanes);
+        const LoadFirst first = {kTail ? ((count - 1) >> shift) + 1 : inputs};
+        return Simd::pick(source.load(first, at >> shift), lanes);
     }
-    void next() { from += step; }
+    void next() { source.next(); }
 };
 
 // The sum, or mean, of kTimes input channels: summed in order, as torch does.
-template <int kTimes>
+template <bool kPooled, int kTimes>
 struct SqueezeLink {
     static const bool kAny = true;
-    const float *from;
-    ptrdiff_t step;
+    Source<kPooled> source;
     Simd::Floats factor;
     template <bool kTail>
     Simd::Floats at(int at, int count) const {
         Simd::Floats v[kTimes], w[kTimes];
-        const float *x = from + at * kTimes;
         for (int i = 0; i < kTimes; i++) {
+            const ptrdiff_t from = at * kTimes + i * Simd::kFloats;
             const int left = count * kTimes - i * Simd::kFloats;
-            v[i] = kTail ? some(x + i * Simd::kFloats, left) : Simd::load(x + i * Simd::kFloats);
+            const LoadFirst first = {left < 0 ? 0 : left};
+            if (kTail && left < Simd::kFloats) v[i] = source.load(first, from);
+            else v[i] = source.load(LoadAll(), from);
         }
         // Split evens from odds until vector i holds every kTimes-th channel from i on.
         for (int apart = 1; apart < kTimes; apart *= 2) {
@@ -80,11 +111,7 @@ struct SqueezeLink {
         for (int i = 1; i < kTimes; i++) sum = Simd::add(sum, v[i]);
         return Simd::mul(sum, factor);
     }
-    static Simd::Floats some(const float *x, int left) {
-        if (left <= 0) return Simd::set(0);
-        return left < Simd::kFloats ? Simd::load_first(x, left) : Simd::load(x);
-    }
-    void next() { from += step; }
+    void next() { source.next(); }
 };
 
 // One vector of channels of one pixel, `at` channels into the run's block.
@@ -160,6 +187,20 @@ static inline int link_times(const Work &work) {
                                                  : shape.in_channels / shape.out_channels;
 }
 
+template <bool kPooled>
+static Source<kPooled> link_source(const Work &work, const Run &run, int channels) {
+    const el_call &call = *work.call;
+    if (!kPooled) {
+        const Source<kPooled> source = {call.link + run.pixel * channels, channels, 0, 0};
+        return source;
+    }
+    const int64_t row = run.pixel / call.out_width, x = run.pixel % call.out_width;
+    const int64_t width = 2 * call.out_width;
+    const Source<kPooled> source = {call.link + (2 * row * width + 2 * x) * channels, 2 * channels,
+                                    channels, width * channels};
+    return source;
+}
+
 // Any number of channels, the run's block of them per pixel.
 static void match_channels(const Work &work, const Run &run, int times, float *match) {
     const int inputs = work.conv->shape.in_channels;
@@ -174,44 +215,66 @@ static void match_channels(const Work &work, const Run &run, int times, float *m
     }
 }
 
-static void finish_expanded(const Work &work, const Run &run, const float *from, int times) {
-    const ptrdiff_t inputs = work.conv->shape.in_channels;
-    ExpandLink link = {from + run.channel / times, inputs, Simd::kFloats / times, 0, {}};
+template <bool kPooled>
+static void finish_expanded(const Work &work, const Run &run, int times) {
+    ExpandLink<kPooled> link = {
+        link_source<kPooled>(work, run, work.conv->shape.in_channels), Simd::kFloats / times, 0, {}};
+    link.source.from += run.channel / times;
     while (1 << link.shift < times) link.shift++;
     for (int i = 0; i < Simd::kFloats; i++) link.lanes[i] = i / times;
     finish_run(work, run, link);
 }
 
-template <int kTimes>
-static void finish_squeezed(const Work &work, const Run &run, const float *from) {
+template <bool kPooled, int kTimes>
+static void finish_squeezed(const Work &work, const Run &run) {
     const bool mean = work.epilogue->link == EL_LINK_MEAN;
-    const Simd::Floats factor = Simd::set(mean ? 1.0f / kTimes : 1.0f);
-    const SqueezeLink<kTimes> link = {from + static_cast<ptrdiff_t>(run.channel) * kTimes,
-                                      work.conv->shape.in_channels, factor};
+    SqueezeLink<kPooled, kTimes> link = {
+        link_source<kPooled>(work, run, work.conv->shape.in_channels),
+        Simd::set(mean ? 1.0f / kTimes : 1.0f)};
+    link.source.from += static_cast<ptrdiff_t>(run.channel) * kTimes;
     finish_run(work, run, link);
 }
 
-static void finish_linked(const Work &work, const Run &run, float *match) {
+// False where channels cannot be matched within vectors.
+template <bool kPooled>
+static bool finish_in_vectors(const Work &work, const Run &run) {
     const int times = link_times(work);
     const bool grows = work.epilogue->link == EL_LINK_EXPAND;
     if (times == 0) {
-        const ptrdiff_t step = work.conv->shape.out_channels;
-        const DirectLink link = {work.call->link + run.pixel * step + run.channel, step};
-        return finish_run(work, run, link);
+        DirectLink<kPooled> link = {
+            link_source<kPooled>(work, run, work.conv->shape.out_channels)};
+        link.source.from += run.channel;
+        finish_run(work, run, link);
+    } else if (grows && Simd::kFloats % times == 0 && run.channel % times == 0) {
+        finish_expanded<kPooled>(work, run, times);
+    } else if (!grows && times == 2) {
+        finish_squeezed<kPooled, 2>(work, run);
+    } else if (!grows && times == 4) {
+        finish_squeezed<kPooled, 4>(work, run);
+    } else {
+        return false;
     }
-    const float *from = work.call->link + run.pixel * work.conv->shape.in_channels;
-    if (grows && Simd::kFloats % times == 0 && run.channel % times == 0)
-        return finish_expanded(work, run, from, times);
-    if (!grows && times == 2) return finish_squeezed<2>(work, run, from);
-    if (!grows && times == 4) return finish_squeezed<4>(work, run, from);
-    match_channels(work, run, times, match);
-    const DirectLink link = {match, work.conv->block};
-    finish_run(work, run, link);
+    return true;
+}
+
+static void finish_linked(const Work &work, const Run &run, float *match) {
+    // Callers pool only what is matched within vectors.
+    if (work.epilogue->link_pooled) {
+        finish_in_vectors<true>(work, run);
+    } else if (!finish_in_vectors<false>(work, run)) {
+        match_channels(work, run, link_times(work), match);
+        const DirectLink<false> link = {{match, work.conv->block, 0, 0}};
+        finish_run(work, run, link);
+    }
 }
 
 static void epilogue(const Work &work, Run run, int count, float *match) {
+    const int64_t width = work.call->out_width;
     for (int done = 0; done < count; done += run.count) {
         run.count = count - done < kRunPixels ? count - done : kRunPixels;
+        // Windows of 2x2 follow each other within a row only.
+        if (work.epilogue->link_pooled)
+            run.count = static_cast<int>(min64(run.count, width - run.pixel % width));
         if (work.epilogue->link == EL_LINK_NONE) finish_run(work, run, NoLink());
         else finish_linked(work, run, match);
         run.sums += static_cast<ptrdiff_t>(run.count) * work.conv->block;

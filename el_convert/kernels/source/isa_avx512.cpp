@@ -1,4 +1,4 @@
-#include "common.h"
+#include "system.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-#include "common.h"
+#include "system.h"
 
 #if defined(__aarch64__)
 #include <arm_neon.h>

@@ -1,4 +1,4 @@
-#include "common.h"
+#include "system.h"
 
 namespace el {
 namespace {

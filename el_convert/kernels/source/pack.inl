@@ -85,6 +85,16 @@ static void pack_rows(const Work &work, const Strip &strip, int group, const Scr
     }
 }
 
+// The last channels, fewer than a vector of bytes; the map is padded to whole vectors.
+static inline void pack_last_bytes(const float *x, const float *threshold, int from, int channels,
+                                   uint8_t *pixel) {
+    float own[Simd::kBytes] = {0}, limit[Simd::kBytes] = {0};
+    const size_t bytes = static_cast<size_t>(channels - from) * sizeof *x;
+    memcpy(own, x + from, bytes);
+    if (threshold) memcpy(limit, threshold + from, bytes);
+    Simd::store(pixel + from, Simd::sign_bytes(own, limit));
+}
+
 // Depthwise: a byte per channel, 0 or 1.
 static void pack_bytes(const Work &work, const Strip &strip, const Scratch &at, uint8_t *scratch) {
     const Convolution &conv = *work.conv;
@@ -100,11 +110,11 @@ static void pack_bytes(const Work &work, const Strip &strip, const Scratch &at, 
         if (y < 0 || y >= call.height) continue;
         const float *x = call.input + ((strip.image * call.height + y) * call.width) * channels;
         for (int64_t i = 0; i < end; i++, x += channels) {
-            uint8_t *__restrict pixel = out + (left + i) * conv.padded_out;
-            if (threshold)
-                for (int c = 0; c < channels; c++) pixel[c] = x[c] > threshold[c];
-            else
-                for (int c = 0; c < channels; c++) pixel[c] = x[c] > 0.0f;
+            uint8_t *pixel = out + (left + i) * conv.padded_out;
+            int c = 0;
+            for (; c + Simd::kBytes <= channels; c += Simd::kBytes)
+                Simd::store(pixel + c, Simd::sign_bytes(x + c, threshold ? threshold + c : nullptr));
+            if (c < channels) pack_last_bytes(x, threshold, c, channels, pixel);
         }
     }
 }

@@ -78,6 +78,22 @@ struct Simd {
         const Floats t = threshold ? load(threshold) : _mm256_setzero_ps();
         return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(load(x), t, _CMP_GT_OQ)));
     }
+    // A byte per channel: 1 where x > threshold, else 0.
+    static inline Bytes sign_bytes(const float *x, const float *threshold) {
+        Bytes mask[4];
+        for (int i = 0; i < 4; i++) {
+            const Floats t = threshold ? load(threshold + 8 * i) : _mm256_setzero_ps();
+            mask[i] = _mm256_castps_si256(_mm256_cmp_ps(load(x + 8 * i), t, _CMP_GT_OQ));
+        }
+        const Bytes bytes = _mm256_packs_epi16(_mm256_packs_epi32(mask[0], mask[1]),
+                                               _mm256_packs_epi32(mask[2], mask[3]));
+        const Bytes order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        return _mm256_and_si256(_mm256_permutevar8x32_epi32(bytes, order), _mm256_set1_epi8(1));
+    }
+    static inline void widen(uint16_t *sums, Bytes counts) {
+        put(sums, _mm256_cvtepu8_epi16(_mm256_castsi256_si128(counts)));
+        put(sums + 16, _mm256_cvtepu8_epi16(_mm256_extracti128_si256(counts, 1)));
+    }
 };
 
 #endif

@@ -73,6 +73,19 @@ struct Simd {
         const Floats t = threshold ? load(threshold) : _mm512_setzero_ps();
         return _mm512_cmp_ps_mask(load(x), t, _CMP_GT_OQ);
     }
+    // A byte per channel: 1 where x > threshold, else 0.
+    static inline Bytes sign_bytes(const float *x, const float *threshold) {
+        __mmask64 mask = 0;
+        for (int i = 0; i < 4; i++) {
+            const __mmask64 part = signs(x + 16 * i, threshold ? threshold + 16 * i : nullptr);
+            mask |= part << 16 * i;
+        }
+        return _mm512_maskz_set1_epi8(mask, 1);
+    }
+    static inline void widen(uint16_t *sums, Bytes counts) {
+        _mm512_storeu_si512(sums, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(counts)));
+        _mm512_storeu_si512(sums + 32, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(counts, 1)));
+    }
 };
 
 #endif

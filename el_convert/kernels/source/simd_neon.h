@@ -69,6 +69,18 @@ struct Simd {
         const uint8x8_t mask = vmovn_u16(vcombine_u16(low, high));
         return vaddv_u8(vand_u8(mask, vld1_u8(places)));
     }
+    // A byte per channel: 1 where x > threshold, else 0.
+    static inline Bytes sign_bytes(const float *x, const float *threshold) {
+        uint16x4_t mask[4];
+        for (int i = 0; i < 4; i++) {
+            const float32x4_t t = threshold ? vld1q_f32(threshold + 4 * i) : vdupq_n_f32(0);
+            mask[i] = vmovn_u32(vcgtq_f32(vld1q_f32(x + 4 * i), t));
+        }
+        const uint8x8_t low = vmovn_u16(vcombine_u16(mask[0], mask[1]));
+        const uint8x8_t high = vmovn_u16(vcombine_u16(mask[2], mask[3]));
+        return vandq_u8(vcombine_u8(low, high), vdupq_n_u8(1));
+    }
+    static inline void widen(uint16_t *sums, Bytes counts) { spill<false>(sums, counts); }
 };
 
 #endif

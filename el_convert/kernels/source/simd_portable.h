@@ -127,6 +127,13 @@ struct Simd {
             r |= static_cast<unsigned>(x[i] > (threshold ? threshold[i] : 0.0f)) << i;
         return r;
     }
+    // A byte per channel: 1 where x > threshold, else 0.
+    static inline Bytes sign_bytes(const float *x, const float *threshold) {
+        Bytes r;
+        for (int i = 0; i < kBytes; i++) r.at[i] = x[i] > (threshold ? threshold[i] : 0.0f);
+        return r;
+    }
+    static inline void widen(uint16_t *sums, const Bytes &counts) { spill<false>(sums, counts); }
 };
 
 #endif

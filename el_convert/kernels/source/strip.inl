@@ -127,9 +127,7 @@ static inline void depthwise_row(const Convolution &conv, const uint8_t *map,
             const Bytes w = kTaps ? own[t] : Simd::load(weight + t * conv.padded_out);
             total = Simd::add(total, Simd::differ(Simd::load(map + taps[t]), w));
         }
-        uint8_t counts[Simd::kBytes];
-        Simd::store(counts, total);
-        for (int i = 0; i < Simd::kBytes; i++) sums[i] = counts[i];
+        Simd::widen(sums, total);
     }
 }
 

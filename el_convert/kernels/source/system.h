@@ -1,6 +1,6 @@
 // The headers that every instruction set's file needs, before any of them changes the target.
-#ifndef EL_CONVERT_COMMON_H
-#define EL_CONVERT_COMMON_H
+#ifndef EL_CONVERT_SYSTEM_H
+#define EL_CONVERT_SYSTEM_H
 
 #include <stdlib.h>
 #include <string.h>
