@@ -11,9 +11,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,169 +30,22 @@ from el_convert.packing import pack
 from el_convert.peers import ConvWorkload, Peer, Run, Workload, find_peers
 from el_convert.recipes import Recipe
 from el_convert.report import layer_kind
+from el_convert.timings import (
+    FLOAT,
+    PACKED,
+    Benchmark,
+    Contestant,
+    LayerTime,
+    LayerTimes,
+    Machine,
+    Skipped,
+    quantiles,
+)
 from el_convert.tracing import undisturbed
 from el_convert.zoo import source_of
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-PACKED = "packed"
-"""Name of the packed model among the contestants."""
-FLOAT = "float"
-"""Name of torch's float convolution among the times of a layer."""
 _WARM_UP = 3
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the times were taken on.
-
-    Attributes:
-        cpu: its name.
-        cores: that torch and the system count.
-        isa: instruction set of the native engine; "" without an engine.
-        threads: in use.
-        torch: version.
-    """
-
-    cpu: str
-    cores: int
-    isa: str
-    threads: int
-    torch: str
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """The times of one contestant.
-
-    Attributes:
-        name: `PACKED`, or the peer's.
-        label: what it is, in words.
-        median, low, high: milliseconds: the median, the 10th and the 90th percentile.
-        ratio, ratio_low, ratio_high: its time / the packed model's, round by round: the median
-            and the quartiles. Above 1 the packed model is faster.
-    """
-
-    name: str
-    label: str
-    median: float
-    low: float
-    high: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A peer that was asked for and not timed, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class LayerTime:
-    """One call of a packed convolution, or the sum of several.
-
-    Attributes:
-        name: qualified name of the layer, or what was summed.
-        kind: such as "conv 3x3".
-        input: (N, C, H, W); () for sums.
-        macs: multiply-adds of the whole batch.
-        times: median microseconds by contestant: `PACKED`, with all that is fused into the layer;
-            `FLOAT` and peers, of the convolution alone.
-    """
-
-    name: str
-    kind: str
-    input: tuple[int, ...]
-    macs: int
-    times: Mapping[str, float]
-
-    @property
-    def rate(self) -> float:
-        """1-bit multiply-adds per second."""
-        return self.macs / self.times[PACKED] * 1e6
-
-    def ratio(self, name: str) -> float:
-        """Time of a contestant / time of the packed layer."""
-        return self.times[name] / self.times[PACKED]
-
-
-@dataclass(frozen=True)
-class LayerTimes:
-    """Every packed convolution of a model.
-
-    Attributes:
-        layers: in the order of their calls.
-        threads: they ran on.
-        peak: multiply-adds per second of the engine's innermost loop, on one thread; None without
-            an engine.
-        omitted: names of packed layers that are no plain 2d convolutions, or not called.
-        skipped: peers asked for and not timed.
-    """
-
-    layers: tuple[LayerTime, ...]
-    threads: int
-    peak: float | None
-    omitted: tuple[str, ...] = ()
-    skipped: tuple[Skipped, ...] = ()
-
-    @property
-    def sums(self) -> tuple[LayerTime, ...]:
-        """Over all layers, then over those of each kind."""
-        kinds = dict.fromkeys(layer.kind for layer in self.layers)
-        groups = {kind: [layer for layer in self.layers if layer.kind == kind] for kind in kinds}
-        each = [_sum(f"{len(group)} {kind}", kind, group) for kind, group in groups.items()]
-        return (_sum(f"all {len(self.layers)}", "", self.layers), *each) if each else ()
-
-    def share(self, layer: LayerTime) -> float | None:
-        """Of the engine's peak; None without an engine."""
-        return None if self.peak is None else layer.rate / (self.peak * self.threads)
-
-
-def _sum(name: str, kind: str, layers: Sequence[LayerTime]) -> LayerTime:
-    timed = [n for n in layers[0].times if all(n in layer.times for layer in layers)]
-    times = {n: sum(layer.times[n] for layer in layers) for n in timed}
-    return LayerTime(name, kind, (), sum(layer.macs for layer in layers), times)
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What `benchmark` measured. Prints as tables.
-
-    Attributes:
-        model: where it comes from, or its class.
-        input: (N, C, H, W).
-        rounds: timed.
-        machine: it ran on.
-        contestants: the packed model first.
-        skipped: peers asked for and not timed.
-        layers: layer by layer, if asked for.
-    """
-
-    model: str
-    input: tuple[int, ...]
-    rounds: int
-    machine: Machine
-    contestants: tuple[Contestant, ...]
-    skipped: tuple[Skipped, ...]
-    layers: LayerTimes | None = None
-
-    def __rich__(self) -> RenderableType:
-        return render_benchmark(self)
-
-    def __str__(self) -> str:
-        from rich import box
-        from rich.console import Console
-
-        console = Console(width=200, color_system=None, highlight=False)
-        with console.capture() as capture:
-            console.print(render_benchmark(self, box.ASCII2))
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def benchmark(
@@ -258,7 +112,7 @@ def benchmark(
         tuple(input.shape),
         rounds,
         machine,
-        tuple(_contestant(n, labels[n], times[n], times[PACKED]) for n in runs),
+        tuple(Contestant.timed(n, labels[n], times[n], times[PACKED]) for n in runs),
         skipped,
         by_layer,
     )
@@ -351,20 +205,6 @@ def _race(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def _quantiles(values: Sequence[float], *points: float) -> list[float]:
-    wanted = torch.tensor(points, dtype=torch.float64)
-    quantiles: list[float] = torch.tensor(values, dtype=torch.float64).quantile(wanted).tolist()
-    return quantiles
-
-
-def _contestant(
-    name: str, label: str, times: Sequence[float], packed: Sequence[float]
-) -> Contestant:
-    median, low, high = (1e3 * t for t in _quantiles(times, 0.5, 0.1, 0.9))
-    ratios = [own / other for own, other in zip(times, packed, strict=True)]
-    return Contestant(name, label, median, low, high, *_quantiles(ratios, 0.5, 0.25, 0.75))
-
-
 def _machine() -> Machine:
     library = engine()
     isa = "" if library is None else library.isa or library.isas[0]
@@ -428,21 +268,22 @@ def layer_times(
     with undisturbed(packed_model), tempfile.TemporaryDirectory() as folder:
         calls, omitted = _calls(packed_model, input)
         say(f"timing {len(calls)} layers")
-        peaks, layers = [_peak()], []
+        layers = []
         for call in calls:
+            before = _peak()
             runs: dict[str, Run] = {PACKED: call.run, FLOAT: _float_run(call)}
             work = ConvWorkload(call.geometry, _size(call), torch.get_num_threads(), Path(folder))
             runs |= _single_convolutions(able, work, reasons)
-            layers.append(_layer_time(call, _race(runs, rounds)))
-        peaks.append(_peak())
-    peak = max((peak for peak in peaks if peak is not None), default=None)
+            times = _race(runs, rounds)
+            layers.append(_layer_time(call, times, max(before, _peak()) or None))
     skipped = tuple(Skipped(name, reason) for name, reason in reasons.items() if reason)
-    return LayerTimes(tuple(layers), torch.get_num_threads(), peak, omitted, skipped)
+    return LayerTimes(tuple(layers), torch.get_num_threads(), omitted, skipped)
 
 
-def _peak() -> float | None:
+def _peak() -> float:
+    """Of the engine; 0 without one."""
     library = engine()
-    return None if library is None else library.peak()
+    return 0.0 if library is None else library.peak()
 
 
 def _size(call: _Call) -> tuple[int, int, int]:
@@ -457,11 +298,12 @@ def _calls(model: nn.Module, input: Tensor) -> tuple[list[_Call], tuple[str, ...
     names = {id(layer): name or "(the model)" for name, layer in packed.items()}
 
     def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = args[0] if args else kwargs["input"]
-        two = isinstance(layer, PackedConv) and given.dim() == 4
-        geometry = layer.geometry(tuple(given.shape[2:])) if two else None  # type: ignore[operator]
-        if isinstance(layer, PackedConv) and geometry is not None:
-            run = lambda: layer(*args, **kwargs)  # noqa: E731
+        given: Tensor = args[0] if args else kwargs["input"]
+        if not isinstance(layer, PackedConv) or given.dim() != 4:
+            return
+        geometry = layer.geometry((given.shape[2], given.shape[3]))
+        if geometry is not None:
+            run = partial(layer, *args, **kwargs)
             calls.append(_Call(names[id(layer)], layer, geometry, given, run))
 
     handles = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in packed.values()]
@@ -506,10 +348,43 @@ def _single_convolutions(
     return runs
 
 
-def _layer_time(call: _Call, times: Mapping[str, Sequence[float]]) -> LayerTime:
+def _layer_time(call: _Call, times: Mapping[str, Sequence[float]], peak: float | None) -> LayerTime:
     batch, height, width = _size(call)
     macs = batch * call.geometry.multiply_adds((height, width))
-    medians = {name: 1e6 * _quantiles(values, 0.5)[0] for name, values in times.items()}
-    return LayerTime(call.name, layer_kind(call.layer), tuple(call.input.shape), macs, medians)
+    medians = {name: 1e6 * quantiles(values, 0.5)[0] for name, values in times.items()}
+    kind = layer_kind(call.layer)
+    return LayerTime(call.name, kind, tuple(call.input.shape), macs, medians, peak)
 
 
+def pack_untrained(model: nn.Module, recipe: Recipe | str = "elastic-link") -> nn.Module:
+    """A packed model to time where none was trained: of random norms and gates, as if it were.
+
+    Args:
+        model: float; left as it was.
+        recipe: for `binarize`.
+
+    Returns:
+        The packed model. What it computes means nothing.
+
+    Raises:
+        ConversionError, UnknownNameError: as `binarize` does.
+    """
+    binary = binarize(model, recipe).eval()
+    chance = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for norm in binary.modules():
+            if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+                _vary(norm, chance)
+        for name, gamma in binary.named_parameters():
+            if name.endswith("link.gamma"):
+                gamma.mul_(torch.rand(gamma.shape, generator=chance) + 0.5)
+    return pack(binary, inplace=True)
+
+
+def _vary(norm: _BatchNorm, chance: torch.Generator) -> None:
+    """Statistics as of some training."""
+    assert norm.running_mean is not None and norm.running_var is not None  # noqa: S101
+    norm.running_mean.normal_(0, 0.1, generator=chance)
+    norm.running_var.uniform_(0.5, 1.5, generator=chance)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked += 1

@@ -86,7 +86,7 @@ class FastPath:
 
     def run(self, layer: PackedLayer, input: Tensor, tail: Tail) -> Tensor | None:
         """The layer's output; None where the engine cannot give it."""
-        if not _plain(input, layer.in_channels) or (_wants_gradient(input, tail)):
+        if not plain_map(input, layer.in_channels) or (_wants_gradient(input, tail)):
             return None
         sources = _sources(layer, tail)
         prepared = self._prepared
@@ -97,7 +97,7 @@ class FastPath:
                 return None
         residual = tail.residual
         if residual is not None:
-            if residual.shape != (size[0], *prepared.output) or not _plain(residual):
+            if residual.shape != (size[0], *prepared.output) or not plain_map(residual):
                 return None
             residual = residual.contiguous(memory_format=_LAST)
         given = input
@@ -138,7 +138,7 @@ def _floats(tensors: tuple[Tensor | None, ...]) -> bool:
     return all(t is None or t.dtype == torch.float32 for t in tensors)
 
 
-def _plain(input: Tensor, channels: int | None = None) -> bool:
+def plain_map(input: Tensor, channels: int | None = None) -> bool:
     """Whether it is an ordinary float32 feature map on the CPU, outside of any tracing."""
     return (
         type(input) is Tensor
@@ -206,7 +206,7 @@ def _aligns(
     return bool(link.spatial_kind) or size != output or channels
 
 
-def _vector(values: Tensor | None, channels: int) -> Tensor | None:
+def vector(values: Tensor | None, channels: int) -> Tensor | None:
     """One float32 value per channel, contiguous."""
     if values is None:
         return None
@@ -229,15 +229,15 @@ def _epilogue(layer: PackedLayer, tail: Tail, link_kind: str, pooled: bool) -> E
         low=tail.low,
         high=tail.high,
         residual_last=tail.residual_last,
-        threshold=_vector(layer.threshold, layer.in_channels),
-        scale=_vector(layer.scale, channels),
-        bias=_vector(layer.bias, channels),
-        gamma=_vector(gamma, channels),
-        norm_scale=_vector(layer.norm_scale, channels),
-        norm_shift=_vector(layer.norm_shift, channels),
-        slope=_vector(tail.slope, channels),
-        act_in=_vector(shift_in, channels),
-        act_out=_vector(tail.shift_out, channels),
+        threshold=vector(layer.threshold, layer.in_channels),
+        scale=vector(layer.scale, channels),
+        bias=vector(layer.bias, channels),
+        gamma=vector(gamma, channels),
+        norm_scale=vector(layer.norm_scale, channels),
+        norm_shift=vector(layer.norm_shift, channels),
+        slope=vector(tail.slope, channels),
+        act_in=vector(shift_in, channels),
+        act_out=vector(tail.shift_out, channels),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +17,17 @@ from torch import fx, nn
 
 from el_convert.convert import exchange
 from el_convert.graphs import trace_module
-from el_convert.nn import RPReLU
-from el_convert.packed import PackedConv, foldable
+from el_convert.packed import PackedConv
+from el_convert.stem import StemTail, poolable
+from el_convert.tail import foldable, tail_of
 from el_convert.tracing import has_forward_hooks, same_attributes, structure_copy
 
 _LEAVES = (PackedConv, fx.GraphModule)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_TAIL_TENSORS = ("slope", "shift_in", "shift_out")
 _SUMS = {operator.add, operator.iadd, torch.add}
 _SUM_METHODS = {"add", "add_"}
 _RELU_FUNCTIONS = {F.relu, torch.relu, torch.relu_, F.relu_}
-_CLAMPS: dict[type[nn.Module], tuple[float, float]] = {
-    nn.ReLU: (0.0, float("inf")),
-    nn.ReLU6: (0.0, 6.0),
-}
 # Norms of timm that hold a dropout and an activation.
 _NORM_ACTS = {"BatchNormAct2d", "SyncBatchNormAct"}
 _NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d)
@@ -121,20 +120,50 @@ class _Fuser:
         return self._fused
 
     def fold_norms(self) -> dict[int, nn.Module]:
-        """Fold what can be into the origin's layers; what takes the place of each norm, by id."""
+        """Fold what can be into the origin's layers; what takes each one's place, by id."""
         new: dict[int, nn.Module] = {}
         for node in list(self.graph.nodes):
-            user = _only_user(node)
-            if user is None or user.target not in self._single or node.target not in self._single:
+            norm = self._once(node)
+            if norm is None or not _is_batch_norm(norm):
                 continue
-            conv = self.origin.get_submodule(str(node.target))
-            norm = self.origin.get_submodule(str(user.target))
-            plain = not (has_forward_hooks(conv) or has_forward_hooks(norm))
-            if isinstance(conv, PackedConv) and plain and _foldable_after(norm, conv):
-                conv.fold(norm)  # type: ignore[arg-type]
-                held = type(norm).__name__ in _NORM_ACTS
-                new[id(norm)] = norm.get_submodule("act") if held else nn.Identity()
+            before = node.args[0] if len(node.args) == 1 else None
+            conv = self._once(before) if isinstance(before, fx.Node) else None
+            if isinstance(conv, PackedConv):
+                if _only_user(before) is node and _foldable_after(norm, conv):  # type: ignore[arg-type]
+                    conv.fold(norm)
+                    held = type(norm).__name__ in _NORM_ACTS
+                    new[id(norm)] = norm.get_submodule("act") if held else nn.Identity()
+            else:
+                new |= self._stem(node, norm)
         return new
+
+    def _once(self, node: fx.Node | None) -> Any:
+        """The origin's module that a node calls, where nothing else does and it has no hooks."""
+        if node is None or node.op != "call_module" or node.target not in self._single:
+            return None
+        module = self.origin.get_submodule(str(node.target))
+        return None if has_forward_hooks(module) else module
+
+    def _stem(self, node: fx.Node, norm: Any) -> dict[int, nn.Module]:
+        """A float norm with the activation and pooling after it, done in the last one's place."""
+        chain: list[nn.Module] = [norm]
+        held = type(norm).__name__ in _NORM_ACTS
+        act, last = (norm.act, node) if held else self._next(node)
+        tail = tail_of(act)
+        if tail is None or last is None or not isinstance(norm, nn.BatchNorm2d):
+            return {}
+        if tail.slope is not None and tail.slope.numel() not in (1, norm.num_features):
+            return {}
+        chain += [] if held else [act]
+        pool, _ = self._next(last)
+        chain += [pool] if poolable(pool) else []
+        new: dict[int, nn.Module] = {id(module): nn.Identity() for module in chain}
+        new[id(chain[-1])] = StemTail(norm, act, pool if poolable(pool) else None).eval()
+        return new
+
+    def _next(self, node: fx.Node) -> tuple[Any, fx.Node | None]:
+        user = _only_user(node)
+        return self._once(user), user
 
     def _called(self, node: fx.Node) -> nn.Module | None:
         if node.op != "call_module":
@@ -184,7 +213,7 @@ class _Fuser:
         self._fused = True
         # The sum may be of something that is computed after the convolution.
         user.prepend(node)
-        for name in ("slope", "shift_in", "shift_out"):
+        for name in _TAIL_TENSORS:
             if isinstance(node.kwargs.get(name), fx.Node):
                 node.prepend(node.kwargs[name])  # type: ignore[arg-type]
         node.kwargs = {**node.kwargs, "residual": other}
@@ -200,33 +229,28 @@ class _Fuser:
         act = self._called(user)
         if user.target in _RELU_FUNCTIONS or (user.op, user.target) == ("call_method", "relu"):
             conv.tail = replace(conv.tail, activation="clamp", low=0.0, high=float("inf"))
-        elif type(act) in _CLAMPS:
-            low, high = _CLAMPS[type(act)]  # type: ignore[index]
-            conv.tail = replace(conv.tail, activation="clamp", low=low, high=high)
-        elif isinstance(act, nn.Hardtanh):
-            conv.tail = replace(
-                conv.tail, activation="clamp", low=float(act.min_val), high=float(act.max_val)
-            )
-        elif type(act) is nn.PReLU and act.num_parameters in (1, conv.out_channels):
-            self._pass_tensors(node, user, slope="weight")
-            conv.tail = replace(conv.tail, activation="prelu")
-        elif type(act) is RPReLU:
-            self._pass_tensors(
-                node, user, slope="slope", shift_in="shift_in", shift_out="shift_out"
-            )
-            conv.tail = replace(conv.tail, activation="rprelu")
-        else:
+        elif (tail := tail_of(act)) is None:
             return False
+        else:
+            slope = tail.slope
+            if slope is not None and slope.numel() not in (1, conv.out_channels):
+                return False
+            names = [n for n in _TAIL_TENSORS if getattr(tail, n) is not None]
+            self._pass_tensors(node, user, names)
+            conv.tail = replace(conv.tail, activation=tail.activation, low=tail.low, high=tail.high)
         self._fused = True
         user.replace_all_uses_with(node)
         self.graph.erase_node(user)
         return True
 
-    def _pass_tensors(self, node: fx.Node, act: fx.Node, **names: str) -> None:
+    def _pass_tensors(self, node: fx.Node, act: fx.Node, names: list[str]) -> None:
+        # PReLU's slope is its weight.
+        attributes = {name: name for name in names} | (
+            {"slope": "weight"} if len(names) == 1 else {}
+        )
         with self.graph.inserting_before(node):
             tensors = {
-                name: self.graph.get_attr(f"{act.target}.{attribute}")
-                for name, attribute in names.items()
+                name: self.graph.get_attr(f"{act.target}.{attributes[name]}") for name in names
             }
         node.kwargs = {**node.kwargs, **tensors}
 
@@ -244,8 +268,13 @@ def _is_sum(node: fx.Node) -> bool:
 
 
 def _foldable_after(norm: nn.Module | None, conv: PackedConv) -> bool:
-    if conv.norm is not None or conv.norm_scale is not None or not foldable(norm):
+    if conv.norm is not None or conv.norm_scale is not None:
         return False
     after_norm = conv.link is not None and conv.recipe.link.place == "after-norm"
+    return not after_norm and _is_batch_norm(norm)
+
+
+def _is_batch_norm(norm: nn.Module | None) -> bool:
+    """Of torch's own classes or timm's, with statistics; a subclass may compute anything."""
     plain = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    return not after_norm and (plain or type(norm).__name__ in _NORM_ACTS)
+    return foldable(norm) and (plain or type(norm).__name__ in _NORM_ACTS)

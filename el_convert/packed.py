@@ -16,7 +16,7 @@ from el_convert.fast_path import FastPath
 from el_convert.functional import pack_bits, pad_same, same_padding, unpack_bits
 from el_convert.kernels import ConvGeometry, binary_conv2d
 from el_convert.nn import BinaryConv, OneBitConv, transposed_convolution
-from el_convert.tail import Tail
+from el_convert.tail import Tail, fold_norm, foldable
 
 _CONVOLVE: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
 _GEOMETRY = (
@@ -113,14 +113,7 @@ class PackedConv(OneBitConv):
         Args:
             norm: one that `foldable` accepts.
         """
-        mean, variance = norm.running_mean, norm.running_var
-        assert mean is not None and variance is not None  # noqa: S101  # it is foldable
-        inverse = 1 / torch.sqrt(variance + norm.eps)
-        scale = inverse if norm.weight is None else inverse * norm.weight.detach()
-        bias = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach()
-        # In double precision and rounded once: the multiply-add of torch's kernel.
-        shift = bias.double() - mean.double() * scale.double()
-        self.norm_scale, self.norm_shift = scale, shift.to(scale.dtype)
+        self.norm_scale, self.norm_shift = fold_norm(norm)
 
     def obstacle(self) -> str:
         """Why the native engine has no fast path for this layer; "" where it has one."""
@@ -249,8 +242,3 @@ class PackedConv(OneBitConv):
         fused += [self.tail.activation] if self.tail.activation != "none" else []
         with_fused = f", with {', '.join(fused)}" if fused else ""
         return f"{shape}, recipe={self.recipe.name}, packed{with_fused}"
-
-
-def foldable(norm: Any) -> bool:
-    """Whether a norm is, in eval mode, one multiply-add per channel."""
-    return isinstance(norm, _BatchNorm) and norm.running_mean is not None

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from el_convert.nn import RPReLU
 
 
 @dataclass(slots=True)
@@ -65,3 +69,50 @@ class Tail:
             output = output - self.shift_in.view(shape)
         output = F.prelu(output, self.slope)
         return output if self.shift_out is None else output + self.shift_out.view(shape)
+
+
+def tail_of(activation: nn.Module | None) -> Tail | None:
+    """A fusable activation's tail, with its tensors; None for others.
+
+    Example:
+        >>> tail_of(nn.ReLU6()).high, tail_of(nn.SiLU())
+        (6.0, None)
+    """
+    if type(activation) is nn.ReLU:
+        return Tail("clamp", 0.0, float("inf"))
+    if isinstance(activation, nn.Hardtanh):  # ReLU6 is one
+        return Tail("clamp", float(activation.min_val), float(activation.max_val))
+    if type(activation) is nn.PReLU:
+        return Tail("prelu", slope=activation.weight)
+    if type(activation) is RPReLU:
+        return Tail(
+            "rprelu",
+            slope=activation.slope,
+            shift_in=activation.shift_in,
+            shift_out=activation.shift_out,
+        )
+    return None
+
+
+def foldable(norm: Any) -> bool:
+    """Whether a norm is, in eval mode, one multiply-add per channel."""
+    return isinstance(norm, _BatchNorm) and norm.running_mean is not None
+
+
+def fold_norm(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """A batch norm's inference as alpha and beta, alpha * y + beta, exactly as torch computes it.
+
+    Args:
+        norm: one that `foldable` accepts.
+
+    Returns:
+        Two of (C,).
+    """
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None and variance is not None  # noqa: S101  # it is foldable
+    inverse = 1 / torch.sqrt(variance + norm.eps)
+    scale = inverse if norm.weight is None else inverse * norm.weight.detach()
+    bias = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach()
+    # In double precision and rounded once: the multiply-add of torch's kernel.
+    shift = bias.double() - mean.double() * scale.double()
+    return scale.detach(), shift.to(scale.dtype)

@@ -19,6 +19,7 @@ from ctypes import (
     c_int64,
     c_void_p,
 )
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from el_convert.kernels.geometry import ConvGeometry
 
-ABI = 2
+ABI = 3
 LINK_KINDS = ("none", "identity", "expand", "mean", "sum")
 ACTIVATION_KINDS = ("none", "clamp", "prelu")
 INSTRUCTION_SET_VARIABLE = "EL_CONVERT_ISA"
@@ -74,6 +75,43 @@ class _Call(Structure):
     ]
 
 
+class _Pool(Structure):
+    _fields_ = [
+        *[(name, c_void_p) for name in ("input", "output")],
+        *[
+            (name, c_int64)
+            for name in ("batch", "height", "width", "channels", "out_height", "out_width")
+        ],
+        *[
+            (name, c_int32)
+            for name in (
+                "kernel_h", "kernel_w", "stride_h", "stride_w", "top", "left", "threads",
+                "reserved",
+            )
+        ],
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MaxPool:
+    """A max pooling; the default pools nothing.
+
+    Attributes:
+        kernel, stride: (vertical, horizontal).
+        padding: at each end of (height, width), at most half of the kernel.
+    """
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(OH, OW) for an input of (H, W)."""
+        sides = zip((height, width), self.kernel, self.stride, self.padding, strict=True)
+        out_height, out_width = ((n + 2 * p - k) // s + 1 for n, k, s, p in sides)
+        return out_height, out_width
+
+
 class Engine:
     """The loaded library.
 
@@ -96,6 +134,7 @@ class Engine:
         library.el_destroy.argtypes = [c_void_p]
         library.el_destroy.restype = None
         library.el_run.argtypes = [c_void_p, c_void_p, c_void_p]
+        library.el_pool_run.argtypes = [c_void_p, c_void_p, c_char_p]
         library.el_peak.restype = c_double
         library.el_peak.argtypes = [c_char_p, ctypes.c_int]
         library.el_set_parallel.argtypes = [c_void_p]
@@ -134,6 +173,29 @@ class Engine:
             byref(native), bits.contiguous().data_ptr(), name.encode() if name else None
         )
         return NativeConv(self._library, handle, geometry) if handle else None
+
+    def pool(self, input: Tensor, epilogue: Epilogue, pool: MaxPool) -> Tensor:
+        """Norm and activation of a float map, as in `Epilogue`, then max pooling, in one pass.
+
+        Args:
+            input: (N, C, H, W) float32 on the CPU, channels_last in memory.
+            epilogue: only its norm and activation count.
+            pool: the pooling.
+
+        Returns:
+            (N, C, OH, OW), channels_last.
+        """
+        batch, channels, height, width = input.shape
+        size = pool.output_size(height, width)
+        output = torch.empty((batch, channels, *size), memory_format=torch.channels_last)
+        call = _Pool(
+            input.data_ptr(), output.data_ptr(), batch, height, width, channels, *size,
+            *pool.kernel, *pool.stride, *pool.padding, torch.get_num_threads(),
+        )  # fmt: skip
+        name = self.isa.encode() if self.isa else None
+        if self._library.el_pool_run(byref(epilogue.native), byref(call), name):
+            raise MemoryError("the pooling could not get its scratch memory")
+        return output
 
     def peak(self, isa: str | None = None, rounds: int = 1000) -> float:
         """Multiply-adds per second of the innermost loop alone, one thread, best of `rounds`."""

@@ -187,6 +187,34 @@ void work_through(void *data) {
     free(memory);
 }
 
+struct SharedPool {
+    const el_epilogue *epilogue;
+    const el_pool *pool;
+    const Isa *isa;
+    int64_t step, next;
+    int failed;
+};
+
+void pool_through(void *data) {
+    SharedPool *shared = static_cast<SharedPool *>(data);
+    const el_pool &pool = *shared->pool;
+    const size_t floats = static_cast<size_t>(pool.kernel_h * pool.out_width * pool.channels);
+    float *rows = static_cast<float *>(malloc(floats * sizeof(float)));
+    if (!rows) {
+        __atomic_store_n(&shared->failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    const int64_t per_image = (pool.out_height + shared->step - 1) / shared->step;
+    for (;;) {
+        const int64_t index = __atomic_fetch_add(&shared->next, 1, __ATOMIC_RELAXED);
+        if (index >= per_image * pool.batch) break;
+        const int64_t begin = index % per_image * shared->step;
+        const int64_t end = min64(begin + shared->step, pool.out_height);
+        shared->isa->pool(*shared->epilogue, pool, index / per_image, begin, end, rows);
+    }
+    free(rows);
+}
+
 }  // namespace
 
 Scratch scratch_layout(const Convolution &conv, const el_call &call, const Strip &strip) {
@@ -291,6 +319,19 @@ int el_run(const void *convolution, const el_epilogue *epilogue, const el_call *
     const unsigned threads = static_cast<unsigned>(min64(call->threads, strips.count()));
     if (threads > 1 && parallel) parallel(work_through, &shared, threads, 0);
     else work_through(&shared);
+    return shared.failed ? -1 : 0;
+}
+
+int el_pool_run(const el_epilogue *epilogue, const el_pool *pool, const char *isa) {
+    const Isa *found = find_isa(isa, kNarrow + 1);
+    if (!found) return -1;
+    const int64_t threads = max64(1, min64(pool->threads, pool->batch * pool->out_height));
+    const int64_t step = max64(1, (pool->batch * pool->out_height + threads - 1) / threads);
+    SharedPool shared = {epilogue, pool, found, min64(step, max64(pool->out_height, 1)), 0, 0};
+    if (threads > 1 && parallel)
+        parallel(pool_through, &shared, static_cast<unsigned>(threads), 0);
+    else
+        pool_through(&shared);
     return shared.failed ? -1 : 0;
 }
 

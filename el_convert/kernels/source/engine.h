@@ -10,7 +10,7 @@
 #define EL_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define EL_ABI 2
+#define EL_ABI 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -56,6 +56,16 @@ typedef struct {
     int32_t reserved;
 } el_call;
 
+// Norm and activation of a float map, as in el_epilogue, then max pooling; padding is never the
+// largest. A kernel of 1x1 with stride 1 pools nothing.
+typedef struct {
+    const float *input;
+    float *output;
+    int64_t batch, height, width, channels, out_height, out_width;
+    int32_t kernel_h, kernel_w, stride_h, stride_w, top, left;
+    int32_t threads, reserved;
+} el_pool;
+
 EL_EXPORT int el_abi(void);
 
 // Names of the instruction sets this build knows and this machine runs, best first.
@@ -68,6 +78,10 @@ EL_EXPORT void el_destroy(void *convolution);
 
 // 0, or -1 where there is no memory. Reentrant.
 EL_EXPORT int el_run(const void *convolution, const el_epilogue *epilogue, const el_call *call);
+
+// 0, or -1 where there is no memory or the instruction set is unknown (null: the best). Every
+// window must see the map.
+EL_EXPORT int el_pool_run(const el_epilogue *epilogue, const el_pool *pool, const char *isa);
 
 // The innermost loop alone, on operands that stay in the first-level cache: multiply-adds per
 // second, the best of `rounds` timed ones.

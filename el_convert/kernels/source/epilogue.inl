@@ -22,6 +22,24 @@ static inline void store_lanes(float *p, Simd::Floats v, int count) {
     memcpy(p, padded, static_cast<size_t>(count) * sizeof *p);
 }
 
+// The activation of one vector of channels.
+template <bool kTail>
+static inline Simd::Floats activate(const el_epilogue &e, Simd::Floats v, int channel, int count) {
+    if (e.activation == EL_ACT_CLAMP)
+        return Simd::min(Simd::set(e.high), Simd::max(Simd::set(e.low), v));
+    if (e.activation == EL_ACT_NONE) return v;
+    if (e.act_in) v = Simd::add(v, load_lanes<kTail>(e.act_in + channel, count));
+    v = Simd::prelu(v, load_lanes<kTail>(e.slope + channel, count));
+    return e.act_out ? Simd::add(v, load_lanes<kTail>(e.act_out + channel, count)) : v;
+}
+
+template <bool kTail>
+static inline Simd::Floats normalize(const el_epilogue &e, Simd::Floats v, int channel, int count) {
+    if (!e.norm_scale) return v;
+    return Simd::fma(v, load_lanes<kTail>(e.norm_scale + channel, count),
+                     load_lanes<kTail>(e.norm_shift + channel, count));
+}
+
 // Where pixels are read that the link is made of.
 template <bool kPooled>
 struct Source {
@@ -131,18 +149,10 @@ static inline void finish(const Work &work, const Run &run, const Link &link, in
         gamma = load_lanes<kTail>(e.gamma + channel, count);
         if (!e.link_after_norm) v = Simd::fma(gamma, linked, v);
     }
-    if (e.norm_scale)
-        v = Simd::fma(v, load_lanes<kTail>(e.norm_scale + channel, count),
-                      load_lanes<kTail>(e.norm_shift + channel, count));
+    v = normalize<kTail>(e, v, channel, count);
     if (Link::kAny && e.link_after_norm) v = Simd::fma(gamma, linked, v);
     if (residual && !e.residual_last) v = Simd::add(v, load_lanes<kTail>(residual + at, count));
-    if (e.activation == EL_ACT_CLAMP) {
-        v = Simd::min(Simd::set(e.high), Simd::max(Simd::set(e.low), v));
-    } else if (e.activation == EL_ACT_PRELU) {
-        if (e.act_in) v = Simd::add(v, load_lanes<kTail>(e.act_in + channel, count));
-        v = Simd::prelu(v, load_lanes<kTail>(e.slope + channel, count));
-        if (e.act_out) v = Simd::add(v, load_lanes<kTail>(e.act_out + channel, count));
-    }
+    v = activate<kTail>(e, v, channel, count);
     if (residual && e.residual_last) v = Simd::add(v, load_lanes<kTail>(residual + at, count));
     store_lanes<kTail>(out + at, v, count);
 }

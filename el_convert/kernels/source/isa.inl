@@ -3,3 +3,4 @@
 #include "tile.inl"
 #include "epilogue.inl"
 #include "strip.inl"
+#include "pool.inl"

@@ -29,11 +29,12 @@ namespace el {
 static bool available() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
 }
-const Isa kAvx512 = {"avx512", available, Simd::kBytes, Simd::kMaxBlock, run_strip, peak};
+const Isa kAvx512 = {"avx512", available, Simd::kBytes, Simd::kMaxBlock,
+                     run_strip, pool_rows, peak};
 }  // namespace el
 #else
 namespace el {
 static bool available() { return false; }
-const Isa kAvx512 = {"avx512", available, 0, 0, nullptr, nullptr};
+const Isa kAvx512 = {"avx512", available, 0, 0, nullptr, nullptr, nullptr};
 }  // namespace el
 #endif

@@ -11,11 +11,11 @@ namespace {
 }  // namespace
 
 static bool available() { return true; }
-const Isa kNeon = {"neon", available, Simd::kBytes, Simd::kMaxBlock, run_strip, peak};
+const Isa kNeon = {"neon", available, Simd::kBytes, Simd::kMaxBlock, run_strip, pool_rows, peak};
 }  // namespace el
 #else
 namespace el {
 static bool available() { return false; }
-const Isa kNeon = {"neon", available, 0, 0, nullptr, nullptr};
+const Isa kNeon = {"neon", available, 0, 0, nullptr, nullptr, nullptr};
 }  // namespace el
 #endif

@@ -8,5 +8,6 @@ namespace {
 }  // namespace
 
 static bool available() { return true; }
-const Isa kPortable = {"portable", available, Simd::kBytes, Simd::kMaxBlock, run_strip, peak};
+const Isa kPortable = {"portable", available, Simd::kBytes, Simd::kMaxBlock,
+                       run_strip, pool_rows, peak};
 }  // namespace el

@@ -68,6 +68,8 @@ struct Isa {
     int width;      // bytes of a vector
     int max_block;  // output channels side by side
     void (*strip)(const Work &work, const Strip &strip, uint8_t *scratch);
+    void (*pool)(const el_epilogue &epilogue, const el_pool &pool, int64_t image, int64_t begin,
+                 int64_t end, float *rows);
     double (*peak)(int rounds);
 };
 

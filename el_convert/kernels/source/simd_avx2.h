@@ -55,6 +55,10 @@ struct Simd {
     // The second operand where either is NaN.
     static inline Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
     static inline Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+    // The larger; NaN where either is.
+    static inline Floats larger(Floats a, Floats b) {
+        return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    }
     static inline Floats prelu(Floats v, Floats slope) {
         const Floats positive = _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GT_OQ);
         return _mm256_blendv_ps(_mm256_mul_ps(v, slope), v, positive);

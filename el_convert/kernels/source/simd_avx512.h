@@ -51,6 +51,11 @@ struct Simd {
     // The second operand where either is NaN.
     static inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
     static inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+    // The larger; NaN where either is.
+    static inline Floats larger(Floats a, Floats b) {
+        const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+        return _mm512_mask_blend_ps(nan, _mm512_max_ps(a, b), a);
+    }
     static inline Floats prelu(Floats v, Floats slope) {
         const __mmask16 positive = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GT_OQ);
         return _mm512_mask_blend_ps(positive, _mm512_mul_ps(v, slope), v);

@@ -40,6 +40,8 @@ struct Simd {
     static inline Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
     static inline Floats max(Floats a, Floats b) { return vmaxq_f32(a, b); }
     static inline Floats min(Floats a, Floats b) { return vminq_f32(a, b); }
+    // The larger; NaN where either is.
+    static inline Floats larger(Floats a, Floats b) { return vmaxq_f32(a, b); }
     static inline Floats prelu(Floats v, Floats slope) {
         return vbslq_f32(vcgtq_f32(v, vdupq_n_f32(0)), v, vmulq_f32(v, slope));
     }

@@ -98,6 +98,13 @@ struct Simd {
         for (int i = 0; i < kFloats; i++) r.at[i] = a.at[i] < b.at[i] ? a.at[i] : b.at[i];
         return r;
     }
+    // The larger; NaN where either is.
+    static inline Floats larger(const Floats &a, const Floats &b) {
+        Floats r;
+        for (int i = 0; i < kFloats; i++)
+            r.at[i] = a.at[i] > b.at[i] || a.at[i] != a.at[i] ? a.at[i] : b.at[i];
+        return r;
+    }
     static inline Floats prelu(const Floats &v, const Floats &slope) {
         Floats r;
         for (int i = 0; i < kFloats; i++) r.at[i] = v.at[i] > 0 ? v.at[i] : v.at[i] * slope.at[i];
