@@ -10,6 +10,7 @@ from torch import Tensor
 
 from el_convert.kernels import ConvGeometry, engine
 from el_convert.kernels.native import Epilogue, NativeConv
+from el_convert.kernels.version import Marks
 from el_convert.link import ElasticLink, align_channels, align_space
 from el_convert.recipes import Recipe
 from el_convert.tail import Tail
@@ -31,6 +32,7 @@ class PackedLayer(Protocol):
     norm_shift: Tensor | None
     link: ElasticLink | None
     recipe: Recipe
+    tail: Tail
     _buffers: dict[str, Any]
     _modules: dict[str, Any]
 
@@ -44,14 +46,13 @@ class _Prepared:
         self,
         layer: PackedLayer,
         tail: Tail,
-        sources: tuple[Tensor | None, ...],
+        sources: tuple[Any, ...],
         size: tuple[int, int],
         native: NativeConv,
     ) -> None:
         self.sources = sources
-        # Tensors of inference mode count no versions.
-        self.watched = [t for t in sources if t is not None and not t.is_inference()]
-        self.versions = [t._version for t in self.watched]
+        self.tensors = [source for source in sources if isinstance(source, Tensor)]
+        self.marks = Marks(self.tensors)
         self.size = size
         self.native = native
         height, width = native.geometry.output_size(size)
@@ -61,12 +62,12 @@ class _Prepared:
         self.epilogue = _epilogue(layer, tail, kind, pooled)
         self.aligns = not pooled and _aligns(layer.link, size, (height, width), kind)
 
-    def serves(self, sources: tuple[Tensor | None, ...], size: torch.Size) -> bool:
+    def serves(self, sources: tuple[Any, ...], size: torch.Size) -> bool:
         """Whether it is for this size, and no tensor was exchanged or changed since."""
         return (
             self.size == size[2:]
             and all(map(operator.is_, self.sources, sources))
-            and self.versions == [t._version for t in self.watched]
+            and self.marks.hold(self.tensors)
         )
 
 
@@ -76,7 +77,7 @@ class FastPath:
     def __init__(self) -> None:
         self._prepared: _Prepared | None = None
         self._natives: dict[ConvGeometry, NativeConv | None] = {}
-        self._bits: tuple[Tensor | None, int] = (None, 0)
+        self._bits: tuple[Tensor, Marks] | None = None
 
     def __deepcopy__(self, memo: object) -> FastPath:
         return FastPath()
@@ -113,29 +114,33 @@ class FastPath:
         self,
         layer: PackedLayer,
         tail: Tail,
-        sources: tuple[Tensor | None, ...],
+        sources: tuple[Any, ...],
         size: tuple[int, int],
     ) -> _Prepared | None:
         # Another thread may prepare at the same time: each then has its own, and one is kept.
         library, geometry = engine(), layer.geometry(size)
         if library is None or geometry is None or min(geometry.output_size(size)) < 1:
             return None
-        if not all(t is None or t.is_cpu for t in sources) or not _floats(sources[1:]):
+        if not _floats(sources):
             return None
-        bits = (layer.bits, 0 if layer.bits.is_inference() else layer.bits._version)
-        natives = self._natives if self._bits[0] is bits[0] and self._bits[1] == bits[1] else {}
+        known = self._bits
+        same = known is not None and known[0] is layer.bits and known[1].hold([layer.bits])
+        natives = self._natives if same else {}
         if geometry not in natives:
             natives[geometry] = library.prepare(geometry, layer.bits)
         native = natives[geometry]
-        self._natives, self._bits = natives, bits
+        if natives is not self._natives:
+            self._natives, self._bits = natives, (layer.bits, Marks([layer.bits]))
         if native is None:
             return None
         self._prepared = prepared = _Prepared(layer, tail, sources, size, native)
         return prepared
 
 
-def _floats(tensors: tuple[Tensor | None, ...]) -> bool:
-    return all(t is None or t.dtype == torch.float32 for t in tensors)
+def _floats(sources: tuple[Any, ...]) -> bool:
+    tensors = [source for source in sources if isinstance(source, Tensor)]
+    bits, *others = tensors
+    return bits.is_cpu and all(t.is_cpu and t.dtype == torch.float32 for t in others)
 
 
 def plain_map(input: Tensor, channels: int | None = None) -> bool:
@@ -143,14 +148,15 @@ def plain_map(input: Tensor, channels: int | None = None) -> bool:
     return (
         type(input) is Tensor
         and not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
         and input.dtype is torch.float32
         and input.is_cpu
         and input.dim() == 4
         and (channels is None or input.shape[1] == channels)
         and input.numel() > 0
+        and not input.is_neg()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
-        and not torch._C._is_tracing()
     )
 
 
@@ -160,8 +166,8 @@ def _wants_gradient(input: Tensor, tail: Tail) -> bool:
     return wanted and torch.is_grad_enabled()
 
 
-def _sources(layer: PackedLayer, tail: Tail) -> tuple[Tensor | None, ...]:
-    """Every tensor the layer depends on; past `__getattr__`, which is slow."""
+def _sources(layer: PackedLayer, tail: Tail) -> tuple[Any, ...]:
+    """All that the layer depends on, the bits first; past `__getattr__`, which is slow."""
     own, link = layer._buffers, layer._modules["link"]
     return (
         own["bits"],
@@ -170,7 +176,9 @@ def _sources(layer: PackedLayer, tail: Tail) -> tuple[Tensor | None, ...]:
         own["bias"],
         own["norm_scale"],
         own["norm_shift"],
-        None if link is None else link._parameters["gamma"],
+        None if link is None else link.gamma,
+        link,
+        layer.tail,
         tail.slope,
         tail.shift_in,
         tail.shift_out,

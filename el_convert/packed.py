@@ -186,8 +186,16 @@ class PackedConv(OneBitConv):
 
     def _by_torch(self, input: Tensor, output_size: Sequence[int] | None) -> Tensor:
         """The layer up to its norm and link, operation by operation."""
+        if not torch._C._is_tracing():
+            self._check_channels(input)
         weight = self.bits if self._by_operator(input) else self.signs(input.dtype)
         return self._finish(input, self._scaled(input, weight, self.scale, output_size))
+
+    def _check_channels(self, input: Tensor) -> None:
+        dims = len(self.kernel_size)
+        if input.dim() in (dims + 1, dims + 2) and input.shape[-1 - dims] != self.in_channels:
+            shape = tuple(input.shape)
+            raise ValueError(f"the input is {shape}, not of {self.in_channels} channels")
 
     def _by_operator(self, input: Tensor) -> bool:
         """Whether `binary_conv2d` computes the sums; its gradient is not defined."""
@@ -204,6 +212,8 @@ class PackedConv(OneBitConv):
         scale, shift = self.norm_scale, self.norm_shift
         if scale is None:
             return output
+        if output.dim() == len(self.kernel_size) + 1:  # without a batch, which the kernel needs
+            return self._normalized(output.unsqueeze(0)).squeeze(0)
         # torch's own kernel, so that it rounds as in the network that was trained.
         zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
         return F.batch_norm(output, zeros, ones, scale, shift, False, 0.0, 0.0)

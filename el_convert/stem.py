@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from el_convert.fast_path import plain_map, vector
 from el_convert.kernels import engine
 from el_convert.kernels.native import Epilogue, MaxPool
+from el_convert.kernels.version import Marks
 from el_convert.tail import Tail, fold_norm, tail_of
 
 
@@ -19,7 +20,7 @@ class _Prepared:
     """The engine's parameters and the tensors they were made of. Never copied or saved."""
 
     def __init__(self) -> None:
-        self.of: tuple[list[Tensor], list[int], Epilogue] | None = None
+        self.of: tuple[list[Any], Marks, Epilogue] | None = None
 
     def __deepcopy__(self, memo: object) -> _Prepared:
         return _Prepared()
@@ -87,14 +88,15 @@ class StemTail(nn.Module):
         tensors = [self.norm_scale, self.norm_shift, *self.activation.parameters()]
         if not all(t.is_cpu and t.dtype == torch.float32 for t in tensors):
             return None
-        versions = [0 if t.is_inference() else t._version for t in tensors]
         known = self._prepared.of
-        if known is not None and known[1] == versions and all(map(operator.is_, known[0], tensors)):
+        sources = [*tensors, self.activation]
+        same = known is not None and all(map(operator.is_, known[0], sources))
+        if known is not None and same and known[1].hold(tensors):
             return known[2]
         tail = tail_of(self.activation)
         assert tail is not None  # noqa: S101  # whoever made this asked first
         epilogue = _epilogue(self.norm_scale, self.norm_shift, tail)
-        self._prepared.of = tensors, versions, epilogue
+        self._prepared.of = sources, Marks(tensors), epilogue
         return epilogue
 
     def extra_repr(self) -> str:

@@ -18,17 +18,19 @@ LAYERS = (
     ("_version",),
     ("errors", "atomic"),
     ("functional", "recipes", "tracing", "catalog"),
-    ("calls", "kernels", "link", "tail"),
-    ("facts", "fast_path"),
+    ("calls", "kernels", "link"),
+    ("facts",),
     ("sites", "nn"),
-    ("activations", "nn_timm"),
-    ("patterns",),
+    ("activations", "nn_timm", "tail"),
+    ("fast_path", "patterns"),
     ("planning",),
     ("convert",),
-    ("graphs", "packed", "zoo"),
+    ("graphs", "packed", "stem", "zoo"),
     ("fusion",),
     ("header", "packing", "render", "state"),
     ("checkpoint", "report"),
+    ("peers", "timings"),
+    ("benchmark",),
     ("cli",),
     ("__main__", "__init__"),
 )
@@ -37,12 +39,13 @@ HEAVY = {"timm", "torchvision", "click", "rich"}
 ALLOWED_HEAVY = {
     "cli": {"click", "rich"},
     "render": {"rich"},
+    "timings": {"rich"},
     "zoo": {"timm", "torchvision"},
     "catalog": {"timm", "torchvision"},
 }
 FILES = {path.stem: path for path in PACKAGE.glob("*.py")}
 KERNELS = {path.stem: path for path in (PACKAGE / "kernels").glob("*.py")}
-KERNEL_LAYERS = ("geometry", "native", "reference", "operator", "__init__")
+KERNEL_LAYERS = ("geometry", "version", "native", "reference", "operator", "__init__")
 MODULES = sorted({*FILES, "kernels"})
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from el_convert.kernels.geometry import ConvGeometry
 
-ABI = 3
+ABI = 4
 LINK_KINDS = ("none", "identity", "expand", "mean", "sum")
 ACTIVATION_KINDS = ("none", "clamp", "prelu")
 INSTRUCTION_SET_VARIABLE = "EL_CONVERT_ISA"
@@ -41,7 +41,7 @@ class _Geometry(Structure):
         (name, c_int32)
         for name in (
             "in_channels", "out_channels", "groups", "kernel_h", "kernel_w", "stride_h",
-            "stride_w", "dilation_h", "dilation_w", "top", "left",
+            "stride_w", "dilation_h", "dilation_w", "top", "bottom", "left", "right",
         )
     ]  # fmt: skip
 
@@ -163,14 +163,14 @@ class Engine:
         shape = (geometry.out_channels, geometry.bytes_per_output)
         if tuple(bits.shape) != shape or bits.dtype != torch.uint8:
             raise ValueError(f"packed weights are {tuple(bits.shape)}, not {shape} uint8")
-        top, _, left, _ = geometry.padding
         native = _Geometry(
             geometry.in_channels, geometry.out_channels, geometry.groups, *geometry.kernel,
-            *geometry.stride, *geometry.dilation, top, left,
+            *geometry.stride, *geometry.dilation, *geometry.padding,
         )  # fmt: skip
         name = isa or self.isa
+        rows = bits.contiguous()  # a name of its own: it must live until it was read
         handle = self._library.el_create(
-            byref(native), bits.contiguous().data_ptr(), name.encode() if name else None
+            byref(native), rows.data_ptr(), name.encode() if name else None
         )
         return NativeConv(self._library, handle, geometry) if handle else None
 
@@ -187,7 +187,12 @@ class Engine:
         """
         batch, channels, height, width = input.shape
         size = pool.output_size(height, width)
-        output = torch.empty((batch, channels, *size), memory_format=torch.channels_last)
+        output = torch.empty(
+            (batch, channels, *size),
+            dtype=torch.float32,
+            device="cpu",
+            memory_format=torch.channels_last,
+        )
         call = _Pool(
             input.data_ptr(), output.data_ptr(), batch, height, width, channels, *size,
             *pool.kernel, *pool.stride, *pool.padding, torch.get_num_threads(),
@@ -235,6 +240,8 @@ class Epilogue:
             raise ValueError("the activation prelu needs a slope")
         if link != "none" and vectors.get("gamma") is None:
             raise ValueError("a link needs its gamma")
+        if (vectors.get("norm_scale") is None) != (vectors.get("norm_shift") is None):
+            raise ValueError("a norm needs both its scale and its shift")
         self.kept_alive = [v for v in vectors.values() if v is not None]
         self.link = link
         self.link_pooled = link_pooled
@@ -284,10 +291,14 @@ class NativeConv:
         Returns:
             (N, C_out, OH, OW), channels_last.
         """
+        if link is None and epilogue.link != "none":
+            raise ValueError(f"the link {epilogue.link} needs a map to add")
         batch, _, height, width = input.shape
         out_height, out_width = self.geometry.output_size((height, width))
         output = torch.empty(
             (batch, self.geometry.out_channels, out_height, out_width),
+            dtype=torch.float32,
+            device="cpu",
             memory_format=torch.channels_last,
         )
         call = _Call(

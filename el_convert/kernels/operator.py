@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from el_convert.kernels.geometry import ConvGeometry
 from el_convert.kernels.native import Epilogue, NativeConv, engine
-from el_convert.kernels.reference import reference_conv2d
+from el_convert.kernels.reference import check_arguments, reference_conv2d
+from el_convert.kernels.version import Marks
 
 _SCHEMA = (
     "(Tensor input, Tensor bits, Tensor? threshold, int[2] kernel, int[2] stride, int[4] padding, "
@@ -18,7 +21,18 @@ _SCHEMA = (
 )
 _library = torch.library.Library("el_convert", "DEF")  # type: ignore[no-untyped-call]
 _library.define(f"binary_conv2d{_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-_Prepared = tuple[ConvGeometry, int, int, NativeConv | None]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Weights in the engine's layout, and what tells whether they still hold."""
+
+    geometry: ConvGeometry
+    marks: Marks
+    place: tuple[int, tuple[int, ...], tuple[int, ...]]
+    native: NativeConv | None
+
+
 _prepared: weakref.WeakKeyDictionary[torch.UntypedStorage, _Prepared] = weakref.WeakKeyDictionary()
 
 
@@ -85,13 +99,11 @@ def _any_device(input: Tensor, bits: Tensor, threshold: Tensor | None, *shape: o
 @torch.library.impl(_library, "binary_conv2d", "CPU")
 def _cpu(input: Tensor, bits: Tensor, threshold: Tensor | None, *shape: object) -> Tensor:
     geometry = _geometry(input, bits, *shape)  # type: ignore[arg-type]
-    native = None
-    plain = threshold is None or threshold.dtype == torch.float32
-    if input.dtype == torch.float32 and plain and min(geometry.output_size(_size(input))) > 0:
-        native = _prepared_for(bits, geometry)
+    check_arguments(input, bits, threshold, geometry)
+    native = _prepared_for(bits, geometry) if input.dtype == torch.float32 else None
     if native is None:
         return _any_device(input, bits, threshold, *shape)
-    threshold = None if threshold is None else threshold.contiguous()
+    threshold = None if threshold is None else threshold.float().contiguous()
     channels_last = input.contiguous(memory_format=torch.channels_last)
     return native(channels_last, Epilogue(threshold=threshold))
 
@@ -105,14 +117,13 @@ def _prepared_for(bits: Tensor, geometry: ConvGeometry) -> NativeConv | None:
     library = engine()
     if library is None:
         return None
-    version = 0 if bits.is_inference() else bits._version
-    storage = bits.untyped_storage()
-    key = (geometry, version, int(bits.storage_offset()))
-    known = _prepared.get(storage)
-    if known is not None and known[:3] == key:
-        return known[3]
+    place = (int(bits.storage_offset()), tuple(bits.shape), tuple(bits.stride()))
+    known = _prepared.get(storage := bits.untyped_storage())
+    same = known is not None and (known.geometry, known.place) == (geometry, place)
+    if known is not None and same and known.marks.hold([bits]):
+        return known.native
     native = library.prepare(geometry, bits)
-    _prepared[storage] = (*key, native)
+    _prepared[storage] = _Prepared(geometry, Marks([bits]), place, native)
     return native
 
 
@@ -123,3 +134,23 @@ def _fake(input: Tensor, bits: Tensor, threshold: Tensor | None, *shape: object)
     return torch.empty(
         size, dtype=input.dtype, device=input.device, memory_format=torch.channels_last
     )
+
+
+@torch.library.register_vmap("el_convert::binary_conv2d", lib=_library)  # type: ignore[untyped-decorator]
+def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+    operator = torch.ops.el_convert.binary_conv2d
+    input, *rest = args
+    # Of the lists among the arguments no part is batched.
+    batched = [isinstance(dim, int) for dim in in_dims]
+    if batched[0] and not any(batched[1:]):
+        samples = input.movedim(in_dims[0], 0)
+        output = operator(samples.flatten(0, 1), *rest)
+        return output.unflatten(0, samples.shape[:2]), 0
+    each = [
+        [
+            arg.select(dim, i) if isinstance(dim, int) else arg
+            for arg, dim in zip(args, in_dims, strict=True)
+        ]
+        for i in range(info.batch_size)
+    ]
+    return torch.stack([operator(*one) for one in each]), 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,13 +23,17 @@ def reference_conv2d(
 
     Returns:
         (N, C_out, OH, OW) of the input's dtype: whole numbers.
+
+    Raises:
+        ValueError: the arguments do not fit together.
     """
+    check_arguments(input, bits, threshold, geometry)
     per_group = geometry.in_channels // geometry.groups
     count = per_group * geometry.kernel_area
     weight = unpack_bits(bits, count, input.dtype)
     weight = weight.view(geometry.out_channels, per_group, *geometry.kernel)
     if threshold is not None:
-        input = input - threshold.view(-1, 1, 1)
+        input = input - threshold.to(input.dtype).view(-1, 1, 1)
     top, bottom, left, right = geometry.padding
     signs = binarize_ste(input)
     padding: tuple[int, int] = (top, left)
@@ -37,3 +42,25 @@ def reference_conv2d(
     return F.conv2d(
         signs, weight, None, geometry.stride, padding, geometry.dilation, geometry.groups
     )
+
+
+def check_arguments(
+    input: Tensor, bits: Tensor, threshold: Tensor | None, geometry: ConvGeometry
+) -> None:
+    """Refuse what does not fit together, before any memory is read.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    if input.dim() != 4 or input.shape[1] != geometry.in_channels:
+        wanted = f"(N, {geometry.in_channels}, H, W)"
+        raise ValueError(f"the input is {tuple(input.shape)}, not {wanted}")
+    shape = (geometry.out_channels, geometry.bytes_per_output)
+    if tuple(bits.shape) != shape or bits.dtype != torch.uint8:
+        raise ValueError(f"packed weights are {tuple(bits.shape)} {bits.dtype}, not {shape} uint8")
+    if threshold is not None and tuple(threshold.shape) != (geometry.in_channels,):
+        raise ValueError(
+            f"the threshold is {tuple(threshold.shape)}, not ({geometry.in_channels},)"
+        )
+    if min(geometry.output_size((input.shape[2], input.shape[3]))) < 1:
+        raise ValueError(f"the kernel {geometry.kernel} does not fit on {tuple(input.shape)}")

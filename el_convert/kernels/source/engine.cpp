@@ -4,7 +4,14 @@
 #include "system.h"
 
 namespace el {
+
+const Tables kTables;
+
 namespace {
+
+int ones(int nibble) {
+    return (nibble & 1) + (nibble >> 1 & 1) + (nibble >> 2 & 1) + (nibble >> 3 & 1);
+}
 
 const Isa *const kIsas[] = {&kAvx512, &kAvx2, &kNeon, &kPortable};
 const int kIsaCount = 4;
@@ -29,6 +36,7 @@ bool bad_shape(const el_geometry &g) {
     if (g.in_channels % g.groups || g.out_channels % g.groups) return true;
     if (g.kernel_h < 1 || g.kernel_w < 1 || g.stride_h < 1 || g.stride_w < 1) return true;
     if (g.dilation_h < 1 || g.dilation_w < 1 || g.top < 0 || g.left < 0) return true;
+    if (g.bottom < 0 || g.right < 0) return true;
     const int64_t taps = static_cast<int64_t>(g.kernel_h) * g.kernel_w;
     const bool depthwise = g.in_channels == g.groups && g.out_channels == g.groups;
     // Sums are counted in 16 bits, those of depthwise convolutions in 8.
@@ -217,6 +225,13 @@ void pool_through(void *data) {
 
 }  // namespace
 
+Tables::Tables() {
+    for (int pair = 0; pair < 256; pair++)
+        for (int weights = 0; weights < 16; weights++)
+            at[pair][weights] = static_cast<uint8_t>(ones((pair & 15) ^ weights) |
+                                                     ones((pair >> 4) ^ weights) << 4);
+}
+
 Scratch scratch_layout(const Convolution &conv, const el_call &call, const Strip &strip) {
     const el_geometry &g = conv.shape;
     Scratch at = {};
@@ -285,7 +300,8 @@ void *el_create(const el_geometry *geometry, const uint8_t *weight, const char *
     conv->shape = g;
     conv->isa = found;
     conv->depthwise = depthwise;
-    conv->pointwise = !depthwise && g.kernel_h == 1 && g.kernel_w == 1 && !g.top && !g.left;
+    const bool padded = g.top || g.bottom || g.left || g.right;
+    conv->pointwise = !depthwise && g.kernel_h == 1 && g.kernel_w == 1 && !padded;
     conv->group_in = g.in_channels / g.groups;
     conv->group_out = g.out_channels / g.groups;
     conv->pixel_bytes = (conv->group_in + 7) / 8;
@@ -316,7 +332,7 @@ int el_run(const void *convolution, const el_epilogue *epilogue, const el_call *
     if (!call->batch || !call->out_height || !call->out_width) return 0;
     const Strips strips(*conv, *call);
     Shared shared = {{conv, epilogue, call}, &strips, 0, 0};
-    const unsigned threads = static_cast<unsigned>(min64(call->threads, strips.count()));
+    const unsigned threads = static_cast<unsigned>(max64(1, min64(call->threads, strips.count())));
     if (threads > 1 && parallel) parallel(work_through, &shared, threads, 0);
     else work_through(&shared);
     return shared.failed ? -1 : 0;

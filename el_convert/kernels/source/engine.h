@@ -10,18 +10,17 @@
 #define EL_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define EL_ABI 3
+#define EL_ABI 4
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-// A convolution's shape. `top` and `left` are the zero padding before the first row and column;
-// the padding after the last follows from the output's size.
+// A convolution's shape, with its zero padding.
 typedef struct {
     int32_t in_channels, out_channels, groups;
     int32_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
-    int32_t top, left;
+    int32_t top, bottom, left, right;
 } el_geometry;
 
 enum el_link { EL_LINK_NONE, EL_LINK_IDENTITY, EL_LINK_EXPAND, EL_LINK_MEAN, EL_LINK_SUM };
@@ -33,7 +32,7 @@ enum el_activation { EL_ACT_NONE, EL_ACT_CLAMP, EL_ACT_PRELU };
 //   v = v * norm_scale + norm_shift
 //   v = v + gamma * link                    (where link_after_norm is 1)
 //   v = v + residual                        (where residual_last is 0)
-//   v = activation(v + act_in) + act_out
+//   v = activation(v), for EL_ACT_PRELU activation(v + act_in) + act_out
 //   v = v + residual                        (where residual_last is 1)
 // Vectors have one value per output channel; a null pointer leaves the step out.
 typedef struct {
@@ -42,6 +41,7 @@ typedef struct {
     float low, high;  // of EL_ACT_CLAMP
     int32_t link, link_after_norm, activation, residual_last;
     // The link is averaged over windows of 2x2 pixels: el_call.link is then (N, 2 OH, 2 OW, C).
+    // Only with as many channels as the output, 2 or 4 times, or, without groups, 1/2 or 1/4.
     int32_t link_pooled;
 } el_epilogue;
 

@@ -134,10 +134,9 @@ struct SqueezeLink {
 
 // One vector of channels of one pixel, `at` channels into the run's block.
 template <bool kTail, class Link>
-static inline void finish(const Work &work, const Run &run, const Link &link, int at,
+static inline void finish(const el_epilogue &e, const Run &run, const Link &link, int at,
                           const uint16_t *sums, const float *residual, float *out) {
     typedef Simd::Floats Floats;
-    const el_epilogue &e = *work.epilogue;
     const int channel = run.channel + at, count = run.channels - at;
     // Exact: whole numbers below 2^24.
     Floats v = Simd::fma(Simd::set(-2.0f), Simd::widen(sums + at), Simd::load(run.init + at));
@@ -160,16 +159,17 @@ static inline void finish(const Work &work, const Run &run, const Link &link, in
 // Pixel by pixel, each with all its channels: memory is read and written in long runs.
 template <class Link>
 static void finish_run(const Work &work, const Run &run, Link link) {
-    const ptrdiff_t outputs = work.conv->shape.out_channels;
+    const el_epilogue e = *work.epilogue;  // a copy: no store to the output can change it
+    const ptrdiff_t outputs = work.conv->shape.out_channels, block = work.conv->block;
     const ptrdiff_t from = run.pixel * outputs + run.channel;
     const float *residual = work.call->residual ? work.call->residual + from : nullptr;
     float *out = work.call->output + from;
     const uint16_t *sums = run.sums;
-    for (int p = 0; p < run.count; p++, sums += work.conv->block, out += outputs, link.next()) {
+    for (int p = 0; p < run.count; p++, sums += block, out += outputs, link.next()) {
         int at = 0;
         for (; at + Simd::kFloats <= run.channels; at += Simd::kFloats)
-            finish<false>(work, run, link, at, sums, residual, out);
-        if (at < run.channels) finish<true>(work, run, link, at, sums, residual, out);
+            finish<false>(e, run, link, at, sums, residual, out);
+        if (at < run.channels) finish<true>(e, run, link, at, sums, residual, out);
         if (residual) residual += outputs;
     }
 }

@@ -73,6 +73,14 @@ struct Isa {
     double (*peak)(int rounds);
 };
 
+// How many of 4 signs disagree, for each pair of pixels' nibbles and each nibble of weights; see
+// tile.inl. Filled in by a file that runs on every machine.
+struct alignas(64) Tables {
+    uint8_t at[256][16];
+    Tables();
+};
+
+extern const Tables kTables;
 extern const Isa kAvx512, kAvx2, kNeon, kPortable;
 
 Scratch scratch_layout(const Convolution &conv, const el_call &call, const Strip &strip);

@@ -192,7 +192,8 @@ static double peak(int rounds) {
             __asm__ volatile("" : : "g"(map), "g"(weight), "g"(sums) : "memory");
         }
         const double spent = seconds() - start;
-        const double rate = 8.0 * kPairs * kDepth * Simd::kMaxBlock * kRepeats / spent;
+        const int count = 8 * kPairs * kDepth * Simd::kMaxBlock * kRepeats;
+        const double rate = count / spent;
         if (rate > best) best = rate;
     }
     return best;

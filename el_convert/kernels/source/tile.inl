@@ -5,20 +5,6 @@
 // the first pixel in the low half of the byte, for the second in the high half. The weights of
 // many output channels are the index of one vector lookup.
 
-struct alignas(64) Tables {
-    uint8_t at[256][16];
-    Tables() {
-        for (int pair = 0; pair < 256; pair++)
-            for (int weights = 0; weights < 16; weights++)
-                at[pair][weights] = static_cast<uint8_t>(
-                    ones((pair & 15) ^ weights) | ones((pair >> 4) ^ weights) << 4);
-    }
-    static int ones(int nibble) {
-        return (nibble & 1) + (nibble >> 1 & 1) + (nibble >> 2 & 1) + (nibble >> 3 & 1);
-    }
-};
-static const Tables kTables;
-
 // kPairs pixel pairs times kVectors vectors of output channels. A counter of 4 bits holds three
 // lookups; then both halves go on to bytes: `both` gets low + 16 * high modulo 256, `high` the
 // high halves alone.
