@@ -105,6 +105,7 @@ def main() -> None:
       el-convert models 'mobilenet*'        list models
       el-convert pack bnn.pt --out small.pt store a trained network at 1 bit
       el-convert inspect bnn.pt             show what a file holds
+      el-convert bench small.pt             time it against its float original
 
     `el-convert convert --help` lists the options. The converted network must be trained.
     """
@@ -224,12 +225,18 @@ def _summarize(model: nn.Module) -> Summary:
 def _show(summary: Summary, as_json: bool, extra: dict[str, Any]) -> None:
     if as_json:
         click.echo(json.dumps({**extra, **summary.to_dict()}))
-    elif sys.stdout.isatty():
+    else:
+        _print(summary)
+
+
+def _print(result: object) -> None:
+    """With colours in a terminal, as text elsewhere."""
+    if sys.stdout.isatty():
         from rich.console import Console
 
-        Console().print(summary)
+        Console().print(result)
     else:
-        click.echo(str(summary))
+        click.echo(str(result))
 
 
 @main.command()
@@ -321,3 +328,73 @@ def inspect(file: Path, as_json: bool) -> None:
             f"{file}: {header.source}, {kind}{stored}, {size / 1e6:.1f} MB, written by {versions}"
         )
     _show(summary, as_json, extra)
+
+
+@main.command()
+@click.argument("model", metavar="FILE_OR_MODEL", shell_complete=_complete_model)
+@click.option(
+    "--against",
+    default="torch",
+    show_default=True,
+    help="What to compare with, separated by commas: torch, torch-compile, onnxruntime, "
+    "onnxruntime-int8, openvino. What is not installed is named and left out.",
+)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=30, show_default=True)
+@click.option("--layers", is_flag=True, help="Time every packed convolution too.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+def bench(model: str, against: str, as_json: bool, **options: Any) -> None:
+    """Time a packed network against its float original, in turns.
+
+    Takes a file of `pack` or of a conversion, which is then packed in memory, or the name of a
+    model, whose weights are then random.
+    """
+    with _step("loading torch"):
+        from el_convert.benchmark import benchmark
+        from el_convert.peers import find_peers
+        from el_convert.timings import to_json
+        from el_convert.zoo import input_spec
+    with _errors():
+        peers = [name for name in against.split(",") if name]
+        find_peers(peers)
+        packed, original, source = _contestants(model)
+        result = benchmark(
+            packed,
+            original,
+            input_size=input_spec(original, source).size,
+            peers=peers,
+            progress=lambda step: click.echo(f"{step} ...", err=True),
+            **options,
+        )
+    if as_json:
+        click.echo(json.dumps(to_json(result), indent=1))
+    else:
+        _print(result)
+
+
+def _contestants(name: str) -> tuple[nn.Module, nn.Module, Any]:
+    """The packed model, a float one of the same architecture, and where both come from."""
+    from el_convert.benchmark import pack_untrained
+    from el_convert.checkpoint import load, read
+    from el_convert.packing import pack
+    from el_convert.zoo import create, find_source
+
+    if not Path(name).is_file():
+        source = find_source(name)
+        with _step(f"building and packing {name}"), redirect_stdout(sys.stderr):
+            original = create(source).eval()
+            return pack_untrained(original), original, source
+    with _step(f"reading {name}"):
+        header, _ = read(Path(name))
+        if header.source is None:
+            raise click.ClickException(
+                f"{name} is of a model of neither library: in Python, "
+                "el_convert.benchmark.benchmark(packed, original) times it"
+            )
+        packed = load(Path(name)).eval()
+    if not header.packed:
+        with _step(f"packing {name}"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # how well it was trained does not matter here
+            packed = pack(packed, inplace=True)
+    return packed, create(header.source).eval(), header.source

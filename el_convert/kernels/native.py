@@ -255,6 +255,7 @@ class Epilogue:
             residual_last=residual_last,
             **{name: v.data_ptr() for name, v in vectors.items() if v is not None},
         )
+        self.address = ctypes.addressof(self.native)
 
 
 class NativeConv:
@@ -266,8 +267,10 @@ class NativeConv:
 
     def __init__(self, library: Any, handle: int, geometry: ConvGeometry) -> None:
         self._library = library
+        self._run = library.el_run
         self._handle = handle
         self.geometry = geometry
+        self._output_size = cache(geometry.output_size)
 
     def __del__(self) -> None:
         self._library.el_destroy(self._handle)
@@ -294,7 +297,7 @@ class NativeConv:
         if link is None and epilogue.link != "none":
             raise ValueError(f"the link {epilogue.link} needs a map to add")
         batch, _, height, width = input.shape
-        out_height, out_width = self.geometry.output_size((height, width))
+        out_height, out_width = self._output_size((height, width))
         output = torch.empty(
             (batch, self.geometry.out_channels, out_height, out_width),
             dtype=torch.float32,
@@ -313,7 +316,7 @@ class NativeConv:
             out_width,
             torch.get_num_threads(),
         )
-        if self._library.el_run(self._handle, byref(epilogue.native), byref(call)):
+        if self._run(self._handle, epilogue.address, byref(call)):
             raise MemoryError("the 1-bit convolution could not get its scratch memory")
         return output
 

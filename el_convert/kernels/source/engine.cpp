@@ -49,7 +49,8 @@ void choose_block(Convolution *conv) {
     const int outputs = conv->depthwise ? conv->shape.out_channels : conv->group_out;
     const int wide = conv->isa->max_block, narrow = wide / 2;
     const bool waste = padded(outputs, narrow) < padded(outputs, wide);
-    conv->block = waste || conv->depthwise ? narrow : wide;
+    conv->block = waste ? narrow : wide;
+    if (conv->depthwise) conv->block = padded(outputs, conv->isa->width);  // whole pixels
     conv->padded_out = padded(outputs, conv->block);
     conv->blocks = conv->padded_out / conv->block;
     conv->plane = conv->padded_out * (conv->depthwise ? 1 : conv->shape.groups);
