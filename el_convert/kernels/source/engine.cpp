@@ -16,7 +16,7 @@ int ones(int nibble) {
 const Isa *const kIsas[] = {&kAvx512, &kAvx2, &kNeon, &kPortable};
 const int kIsaCount = 4;
 const int kNarrow = 32;  // output channels that fill half of the widest vector
-const int64_t kStripBytes = 192 * 1024;  // of scratch: well inside a second-level cache
+const int64_t kStripBytes = 256 * 1024;  // of scratch: well inside a second-level cache
 
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
 Parallel parallel = nullptr;
@@ -140,13 +140,13 @@ struct Strips {
             images = 1;
             rows = call.batch * call.out_height * call.out_width;
             width = 0;
-            bytes = 2 * conv.block + conv.nibbles / 2 + conv.pixel_bytes;
+            bytes = 2 * conv.padded_out + conv.nibbles / 2 + conv.pixel_bytes;
         } else {
             images = call.batch;
             rows = call.out_height;
             width = call.out_width;
             const int64_t pixel = conv.depthwise ? conv.padded_out : conv.nibbles;
-            bytes = even(width) * (2 * conv.block + g.stride_h * g.stride_w * pixel);
+            bytes = even(width) * (2 * conv.padded_out + g.stride_h * g.stride_w * pixel);
         }
         step = max64(conv.pointwise ? kRunPixels : 1, kStripBytes / max64(bytes, 1));
         const int64_t share = (images * rows + threads - 1) / threads;
@@ -255,9 +255,9 @@ Scratch scratch_layout(const Convolution &conv, const el_call &call, const Strip
     const size_t sizes[] = {
         bits,
         static_cast<size_t>(at.rows * at.row_bytes),
-        static_cast<size_t>(rows * even(width) * conv.block) * sizeof(uint16_t),
-        conv.block * sizeof(float),
-        conv.block * sizeof(float) * kRunPixels,
+        static_cast<size_t>(rows * even(width) * conv.padded_out) * sizeof(uint16_t),
+        conv.padded_out * sizeof(float),
+        conv.padded_out * sizeof(float) * kRunPixels,
         taps,
     };
     size_t *const places[] = {&at.bits, &at.map, &at.sums, &at.init, &at.match, &at.chunks};

@@ -1,9 +1,9 @@
 // From counts to the layer's output, one pass. Included once per instruction set.
 
-// A run of pixels of one row that see the same padding, and a block of output channels.
+// A run of pixels of one row that see the same padding, and one group's output channels.
 struct Run {
-    const uint16_t *sums;  // [pixel][block]
-    const float *init;     // [block]
+    const uint16_t *sums;  // [pixel][padded_out]
+    const float *init;     // [padded_out]
     int64_t pixel;         // of the output, flattened
     int count;             // pixels, at most kRunPixels
     int channel, channels; // first output channel, how many
@@ -67,7 +67,7 @@ struct LoadFirst {
     Simd::Floats operator()(const float *p) const { return Simd::load_first(p, count); }
 };
 
-// Links: `at` gives one vector of the pixel's, from channel `at` of the block on.
+// Links: `at` gives one vector of the pixel's, from channel `at` of the run's on.
 struct NoLink {
     static const bool kAny = false;
     template <bool kTail>
@@ -132,7 +132,7 @@ struct SqueezeLink {
     void next() { source.next(); }
 };
 
-// One vector of channels of one pixel, `at` channels into the run's block.
+// One vector of channels of one pixel, `at` channels into the run's.
 template <bool kTail, class Link>
 static inline void finish(const el_epilogue &e, const Run &run, const Link &link, int at,
                           const uint16_t *sums, const float *residual, float *out) {
@@ -160,12 +160,12 @@ static inline void finish(const el_epilogue &e, const Run &run, const Link &link
 template <class Link>
 static void finish_run(const Work &work, const Run &run, Link link) {
     const el_epilogue e = *work.epilogue;  // a copy: no store to the output can change it
-    const ptrdiff_t outputs = work.conv->shape.out_channels, block = work.conv->block;
+    const ptrdiff_t outputs = work.conv->shape.out_channels, width = work.conv->padded_out;
     const ptrdiff_t from = run.pixel * outputs + run.channel;
     const float *residual = work.call->residual ? work.call->residual + from : nullptr;
     float *out = work.call->output + from;
     const uint16_t *sums = run.sums;
-    for (int p = 0; p < run.count; p++, sums += block, out += outputs, link.next()) {
+    for (int p = 0; p < run.count; p++, sums += width, out += outputs, link.next()) {
         int at = 0;
         for (; at + Simd::kFloats <= run.channels; at += Simd::kFloats)
             finish<false>(e, run, link, at, sums, residual, out);
@@ -211,12 +211,12 @@ static Source<kPooled> link_source(const Work &work, const Run &run, int channel
     return source;
 }
 
-// Any number of channels, the run's block of them per pixel.
+// Any number of channels, the run's per pixel.
 static void match_channels(const Work &work, const Run &run, int times, float *match) {
     const int inputs = work.conv->shape.in_channels;
     const bool mean = work.epilogue->link == EL_LINK_MEAN;
     const float divisor = mean ? static_cast<float>(times) : 1.0f;
-    for (int p = 0; p < run.count; p++, match += work.conv->block) {
+    for (int p = 0; p < run.count; p++, match += work.conv->padded_out) {
         const float *x = work.call->link + (run.pixel + p) * inputs;
         if (work.epilogue->link == EL_LINK_EXPAND)
             expand(x, times, run.channel, run.channels, match);
@@ -273,7 +273,7 @@ static void finish_linked(const Work &work, const Run &run, float *match) {
         finish_in_vectors<true>(work, run);
     } else if (!finish_in_vectors<false>(work, run)) {
         match_channels(work, run, link_times(work), match);
-        const DirectLink<false> link = {{match, work.conv->block, 0, 0}};
+        const DirectLink<false> link = {{match, work.conv->padded_out, 0, 0}};
         finish_run(work, run, link);
     }
 }
@@ -287,7 +287,7 @@ static void epilogue(const Work &work, Run run, int count, float *match) {
             run.count = static_cast<int>(min64(run.count, width - run.pixel % width));
         if (work.epilogue->link == EL_LINK_NONE) finish_run(work, run, NoLink());
         else finish_linked(work, run, match);
-        run.sums += static_cast<ptrdiff_t>(run.count) * work.conv->block;
+        run.sums += static_cast<ptrdiff_t>(run.count) * work.conv->padded_out;
         run.pixel += run.count;
     }
 }

@@ -17,10 +17,9 @@ static inline Span span_of(int64_t first, int dilation, int taps, int64_t size) 
 }
 
 // What the sums start from. Padding counts as sign -1 in the map: its +1 weights are given back.
-static void start_sums(const Convolution &conv, int group, int block, Span rows, Span columns,
-                       float *init) {
+static void start_sums(const Convolution &conv, int group, Span rows, Span columns, float *init) {
     const int wide = conv.shape.kernel_w + 1;
-    const int32_t *plus = conv.plus + group * conv.padded_out + block * conv.block;
+    const int32_t *plus = conv.plus + group * conv.padded_out;
     const ptrdiff_t step = conv.plane;
     const int32_t *all = plus + (conv.shape.kernel_h * wide + conv.shape.kernel_w) * step;
     const int32_t *a = plus + (rows.begin * wide + columns.begin) * step;
@@ -28,33 +27,33 @@ static void start_sums(const Convolution &conv, int group, int block, Span rows,
     const int32_t *c = plus + (rows.end * wide + columns.begin) * step;
     const int32_t *d = plus + (rows.end * wide + columns.end) * step;
     const int seen = (rows.end - rows.begin) * (columns.end - columns.begin) * conv.group_in;
-    for (int m = 0; m < conv.block; m++)
+    for (int m = 0; m < conv.padded_out; m++)
         init[m] = static_cast<float>(seen + 2 * (all[m] - (d[m] - c[m] - b[m] + a[m])));
 }
 
-// The epilogue over a strip's rows for one block of channels, by runs that see the same padding.
-static void finish_rows(const Work &work, const Strip &strip, int group, int block,
-                        const Scratch &at, uint8_t *scratch, int64_t sums_width) {
+// The epilogue over a strip's rows for one group, by runs that see the same padding.
+static void finish_rows(const Work &work, const Strip &strip, int group, const Scratch &at,
+                        uint8_t *scratch, int64_t sums_width) {
     const Convolution &conv = *work.conv;
     const el_geometry &shape = conv.shape;
     const el_call &call = *work.call;
     float *init = reinterpret_cast<float *>(scratch + at.init);
     float *match = reinterpret_cast<float *>(scratch + at.match);
     const uint16_t *sums = reinterpret_cast<const uint16_t *>(scratch + at.sums);
-    const int in_group = conv.depthwise ? shape.out_channels : conv.group_out;
     Run run = {};
     run.init = init;
-    run.channel = group * conv.group_out + block * conv.block;
-    run.channels = static_cast<int>(min64(conv.block, in_group - block * conv.block));
+    run.channel = group * conv.group_out;
+    run.channels = conv.depthwise ? shape.out_channels : conv.group_out;
     if (conv.pointwise) {
         const Span all = {0, 1};
-        start_sums(conv, group, block, all, all, init);
+        start_sums(conv, group, all, all, init);
         run.sums = sums;
         run.pixel = strip.begin;
         epilogue(work, run, static_cast<int>(strip.end - strip.begin), match);
         return;
     }
-    for (int64_t y = strip.row_begin; y < strip.row_end; y++, sums += sums_width * conv.block) {
+    const int64_t row_sums = sums_width * conv.padded_out;
+    for (int64_t y = strip.row_begin; y < strip.row_end; y++, sums += row_sums) {
         const Span rows = span_of(y * shape.stride_h - shape.top, shape.dilation_h, shape.kernel_h,
                                   call.height);
         for (int64_t x = strip.begin; x < strip.end;) {
@@ -65,8 +64,8 @@ static void finish_rows(const Work &work, const Strip &strip, int group, int blo
                    !(span_of(end * shape.stride_w - shape.left, shape.dilation_w, shape.kernel_w,
                              call.width) != columns))
                 end++;
-            start_sums(conv, group, block, rows, columns, init);
-            run.sums = sums + (x - strip.begin) * conv.block;
+            start_sums(conv, group, rows, columns, init);
+            run.sums = sums + (x - strip.begin) * conv.padded_out;
             run.pixel = (strip.image * call.out_height + y) * call.out_width + x;
             epilogue(work, run, static_cast<int>(end - x), match);
             x = end;
@@ -84,27 +83,26 @@ static int slab_end(const Convolution &conv, int begin, int *depth) {
     return end;
 }
 
-static void count_block(const Convolution &conv, const Strip &strip, const uint8_t *weight,
-                        const Scratch &at, uint8_t *scratch) {
+static void count_block(const Convolution &conv, const Strip &strip, int block,
+                        const uint8_t *weight, const Scratch &at, uint8_t *scratch) {
     const int64_t pairs = (strip.end - strip.begin + 1) / 2;
     const ptrdiff_t step =
         static_cast<ptrdiff_t>(conv.nibbles) * (conv.pointwise ? 1 : 2 * conv.shape.stride_w);
     const int64_t rows = strip.row_end - strip.row_begin;
-    uint16_t *sums = reinterpret_cast<uint16_t *>(scratch + at.sums);
+    uint16_t *sums = reinterpret_cast<uint16_t *>(scratch + at.sums) + block * conv.block;
+    const ptrdiff_t stride = conv.padded_out;
     for (int begin = 0; begin < conv.chunk_count;) {
         int depth;
         const int end = slab_end(conv, begin, &depth);
         for (int64_t y = 0; y < rows; y++) {
             const uint8_t *map = scratch + at.map + y * conv.shape.stride_h * at.row_bytes;
-            uint16_t *out = sums + y * pairs * 2 * conv.block;
+            uint16_t *out = sums + y * pairs * 2 * stride;
             const Chunk *chunks = conv.chunks + begin;
-            if (conv.block == Simd::kMaxBlock)
-                tile_row<Simd::kMaxBlock / Simd::kBytes>(map, step, at.row_bytes, pairs, chunks,
-                                                         end - begin, weight, out, begin == 0);
-            else
-                tile_row<Simd::kMaxBlock / Simd::kBytes / 2>(map, step, at.row_bytes, pairs,
-                                                             chunks, end - begin, weight, out,
-                                                             begin == 0);
+            const bool wide = conv.block == Simd::kMaxBlock;
+            const int kWide = Simd::kMaxBlock / Simd::kBytes;
+            (wide ? tile_row<kWide> : tile_row<kWide / 2>)(map, step, at.row_bytes, pairs, chunks,
+                                                           end - begin, weight, out, stride,
+                                                           begin == 0);
         }
         weight += static_cast<size_t>(depth) * conv.block;
         begin = end;
@@ -121,7 +119,7 @@ static inline void depthwise_row(const Convolution &conv, const uint8_t *map,
     const ptrdiff_t step = static_cast<ptrdiff_t>(conv.shape.stride_w) * conv.padded_out;
     Bytes own[kTaps ? kTaps : 1];
     for (int t = 0; t < kTaps; t++) own[t] = Simd::load(weight + t * conv.padded_out);
-    for (int64_t x = 0; x < count; x++, map += step, sums += conv.block) {
+    for (int64_t x = 0; x < count; x++, map += step, sums += conv.padded_out) {
         Bytes total = Simd::zero();
         for (int t = 0; t < n; t++) {
             const Bytes w = kTaps ? own[t] : Simd::load(weight + t * conv.padded_out);
@@ -143,20 +141,18 @@ static void depthwise_strip(const Work &work, const Strip &strip, const Scratch 
                 y * shape.dilation_h * at.row_bytes +
                 static_cast<ptrdiff_t>(x) * shape.dilation_w * conv.padded_out;
     const int64_t width = strip.end - strip.begin;
-    for (int block = 0; block < conv.blocks; block++) {
-        uint16_t *sums = reinterpret_cast<uint16_t *>(scratch + at.sums);
-        for (int64_t y = 0; y < strip.row_end - strip.row_begin; y++, sums += width * conv.block) {
-            const uint8_t *map = scratch + at.map + y * shape.stride_h * at.row_bytes;
-            for (int c = 0; c < conv.block; c += Simd::kBytes) {
-                const ptrdiff_t from = block * conv.block + c;
-                if (conv.taps == 9)
-                    depthwise_row<9>(conv, map + from, taps, conv.weight + from, width, sums + c);
-                else
-                    depthwise_row<0>(conv, map + from, taps, conv.weight + from, width, sums + c);
-            }
+    uint16_t *sums = reinterpret_cast<uint16_t *>(scratch + at.sums);
+    for (int64_t y = 0; y < strip.row_end - strip.row_begin; y++) {
+        const uint8_t *map = scratch + at.map + y * shape.stride_h * at.row_bytes;
+        for (int c = 0; c < conv.padded_out; c += Simd::kBytes) {
+            if (conv.taps == 9)
+                depthwise_row<9>(conv, map + c, taps, conv.weight + c, width, sums + c);
+            else
+                depthwise_row<0>(conv, map + c, taps, conv.weight + c, width, sums + c);
         }
-        finish_rows(work, strip, 0, block, at, scratch, width);
+        sums += width * conv.padded_out;
     }
+    finish_rows(work, strip, 0, at, scratch, width);
 }
 
 static void run_strip(const Work &work, const Strip &strip, uint8_t *scratch) {
@@ -170,9 +166,9 @@ static void run_strip(const Work &work, const Strip &strip, uint8_t *scratch) {
         else pack_rows(work, strip, group, at, scratch);
         for (int block = 0; block < conv.blocks; block++) {
             const size_t index = static_cast<size_t>(group) * conv.blocks + block;
-            count_block(conv, strip, conv.weight + index * block_bytes, at, scratch);
-            finish_rows(work, strip, group, block, at, scratch, width);
+            count_block(conv, strip, block, conv.weight + index * block_bytes, at, scratch);
         }
+        finish_rows(work, strip, group, at, scratch, width);
     }
 }
 
@@ -188,7 +184,7 @@ static double peak(int rounds) {
         const double start = seconds();
         for (int i = 0; i < kRepeats; i++) {
             tile<kPairs, Simd::kMaxBlock / Simd::kBytes>(map, kDepth, 0, &chunk, 1, weight, sums,
-                                                         true);
+                                                         Simd::kMaxBlock, true);
             __asm__ volatile("" : : "g"(map), "g"(weight), "g"(sums) : "memory");
         }
         const double spent = seconds() - start;

@@ -11,7 +11,7 @@
 template <int kPairs, int kVectors>
 static inline void tile(const uint8_t *map, ptrdiff_t pair_step, ptrdiff_t row_bytes,
                         const Chunk *chunk, int chunks, const uint8_t *weight, uint16_t *sums,
-                        bool first) {
+                        ptrdiff_t stride, bool first) {
     typedef typename Simd::Bytes Bytes;
     const int block = kVectors * Simd::kBytes;
     for (int n = 0; n < chunks; n++, chunk++) {
@@ -49,13 +49,13 @@ static inline void tile(const uint8_t *map, ptrdiff_t pair_step, ptrdiff_t row_b
         for (int p = 0; p < kPairs; p++)
             for (int v = 0; v < kVectors; v++) {
                 const Bytes low = Simd::sub(both[p][v], Simd::times16(high[p][v]));
-                uint16_t *out = sums + 2 * p * block + v * Simd::kBytes;
+                uint16_t *out = sums + 2 * p * stride + v * Simd::kBytes;
                 if (first && n == 0) {
                     Simd::template spill<false>(out, low);
-                    Simd::template spill<false>(out + block, high[p][v]);
+                    Simd::template spill<false>(out + stride, high[p][v]);
                 } else {
                     Simd::template spill<true>(out, low);
-                    Simd::template spill<true>(out + block, high[p][v]);
+                    Simd::template spill<true>(out + stride, high[p][v]);
                 }
             }
     }
@@ -64,14 +64,13 @@ static inline void tile(const uint8_t *map, ptrdiff_t pair_step, ptrdiff_t row_b
 template <int kVectors>
 static void tile_row(const uint8_t *map, ptrdiff_t pair_step, ptrdiff_t row_bytes, int64_t pairs,
                      const Chunk *chunk, int chunks, const uint8_t *weight, uint16_t *sums,
-                     bool first) {
+                     ptrdiff_t stride, bool first) {
     const int kPairs = 2;
-    const ptrdiff_t step = 2 * kVectors * Simd::kBytes;
     int64_t i = 0;
     for (; i + kPairs <= pairs; i += kPairs)
         tile<kPairs, kVectors>(map + i * pair_step, pair_step, row_bytes, chunk, chunks, weight,
-                               sums + i * step, first);
+                               sums + 2 * i * stride, stride, first);
     for (; i < pairs; i++)
         tile<1, kVectors>(map + i * pair_step, pair_step, row_bytes, chunk, chunks, weight,
-                          sums + i * step, first);
+                          sums + 2 * i * stride, stride, first);
 }
