@@ -354,3 +354,25 @@ def test_completion(words: list[str], wanted: set[str]) -> None:
     found = completions(*words)
     assert wanted <= found
     assert all(value.startswith(words[-1]) for value in found)
+
+
+def test_bench_takes_names_and_files(tmp_path: Path) -> None:
+    done = run("bench", "test_resnet", "--rounds", "1", "--json")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert "packed" in json.dumps(result) and "torch" in json.dumps(result)
+    file = tmp_path / "bnn.pt"
+    assert run("test_resnet", "--out", str(file)).exit_code == 0
+    done = run("bench", str(file), "--rounds", "1", "--layers")
+    assert done.exit_code == 0, done.output
+    assert "packed is" in done.stdout and "conv 3x3" in done.stdout
+
+
+def test_bench_refuses_what_it_does_not_know() -> None:
+    for arguments, message in (
+        (("bench", "test_resnett"), "test_resnet"),
+        (("bench", "test_resnet", "--against", "onnx"), "onnxruntime"),
+    ):
+        done = run(*arguments)
+        assert done.exit_code == 2
+        assert message in done.stderr
