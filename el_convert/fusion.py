@@ -26,6 +26,8 @@ _LEAVES = (PackedConv, fx.GraphModule)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _TAIL_TENSORS = ("slope", "shift_in", "shift_out")
 _SUMS = {operator.add, operator.iadd, torch.add}
+_IN_PLACE_SUMS = {operator.iadd, "add_"}
+_IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "setitem"}
 _SUM_METHODS = {"add", "add_"}
 _RELU_FUNCTIONS = {F.relu, torch.relu, torch.relu_, F.relu_}
 # Norms of timm that hold a dropout and an activation.
@@ -210,6 +212,11 @@ class _Fuser:
         other = user.args[1] if user.args[0] is node else user.args[0]
         if not isinstance(other, fx.Node) or other is node:
             return False
+        # What is summed into another map in place may be read there under its old name.
+        if user.args[0] is other and user.target in _IN_PLACE_SUMS:
+            return False
+        if not self._can_wait(node, user):
+            return False
         self._fused = True
         # The sum may be of something that is computed after the convolution.
         user.prepend(node)
@@ -220,6 +227,20 @@ class _Fuser:
         conv.tail = replace(conv.tail, residual_last=last)
         user.replace_all_uses_with(node)
         self.graph.erase_node(user)
+        return True
+
+    def _can_wait(self, node: fx.Node, until: fx.Node) -> bool:
+        """Whether a node can be computed later: nothing in between changes its input in place."""
+        while (node := node.next) is not until:
+            module = self._called(node)
+            parts = [] if module is None else module.modules()
+            name = getattr(node.target, "__name__", str(node.target))
+            changes = any(getattr(part, "inplace", False) for part in parts)
+            if node.op in ("call_function", "call_method"):
+                changes = name.endswith("_") or name in _IN_PLACE_OPERATORS
+                changes = changes or bool(node.kwargs.get("inplace"))
+            if changes:
+                return False
         return True
 
     def _absorb_activation(self, node: fx.Node, conv: PackedConv) -> bool:

@@ -81,7 +81,7 @@ def trace_module(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.
         is_leaf: which modules become one node. Of others that do not trace, the traceable
             children become GraphModules.
     """
-    tracer = ConvTracer(is_leaf, keep_hooked=True)
+    tracer = ConvTracer(is_leaf, keep_hooked=True, in_place=True)
     try:
         graph = tracer.trace(module)
     except Exception as error:  # whatever a forward raises on proxies; the caller reports it

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -57,12 +58,28 @@ class Region:
     opened: dict[str, str]
 
 
+class _InPlaceProxy(fx.Proxy):
+    """Records `x += y` as what it is; torch.fx would record a new sum, and other names of x lie."""
+
+
+def _record_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in ("iadd", "isub", "imul", "itruediv"):
+    setattr(_InPlaceProxy, f"__{_name}__", _record_in_place(getattr(operator, _name)))
+
+
 class ConvTracer(fx.Tracer):
     """Traces through every module that holds a convolution; records what does not trace.
 
     Args:
         is_leaf: which modules become one node; by default convolutions and what holds none.
         keep_hooked: modules with forward hooks become one node as well, so that these still run.
+        in_place: record `x += y` as a change of x, which it is for tensors.
 
     Attributes:
         opened: after `trace`, modules that became one opaque node although they hold
@@ -72,9 +89,14 @@ class ConvTracer(fx.Tracer):
     trace_asserts = True
 
     def __init__(
-        self, is_leaf: Callable[[nn.Module], bool] | None = None, *, keep_hooked: bool = False
+        self,
+        is_leaf: Callable[[nn.Module], bool] | None = None,
+        *,
+        keep_hooked: bool = False,
+        in_place: bool = False,
     ) -> None:
         super().__init__()
+        self._proxy_class = _InPlaceProxy if in_place else fx.Proxy
         self._is_leaf = is_leaf
         self._keep_hooked = keep_hooked
         self._holders: set[int] = set()
@@ -112,6 +134,9 @@ class ConvTracer(fx.Tracer):
             self.module_stack = stack
             self._forget_since(last)
             return self._opaque(m, first_line(error), args, kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return self._proxy_class(node, self)
 
     def _opaque(self, m: nn.Module, reason: str, args: Any, kwargs: Any) -> fx.Proxy:
         path = self.path_of_module(m)
