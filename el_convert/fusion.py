@@ -6,6 +6,7 @@ same name, so the model keeps its class, its methods and the names of its layers
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections import Counter
 from dataclasses import replace
@@ -32,6 +33,7 @@ _SUM_METHODS = {"add", "add_"}
 _RELU_FUNCTIONS = {F.relu, torch.relu, torch.relu_, F.relu_}
 # Norms of timm that hold a dropout and an activation.
 _NORM_ACTS = {"BatchNormAct2d", "SyncBatchNormAct"}
+_TYPE_QUESTIONS = {"isinstance", "is_tensor", "type"}
 _NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d)
 _NOTHING_BY_NAME = {"DropPath", "StochasticDepth", "DropBlock2d"}
 
@@ -83,7 +85,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 def _fused(block: nn.Module, uses: Counter[int]) -> nn.Module | None:
     """The block as a graph with everything fused that can be; None where nothing can."""
-    if has_forward_hooks(block):
+    if has_forward_hooks(block) or _has_options(block):
         return None
     with same_attributes(block):
         graph = trace_module(block, _is_leaf)
@@ -95,6 +97,17 @@ def _fused(block: nn.Module, uses: Counter[int]) -> nn.Module | None:
     graph.delete_all_unused_submodules()
     graph.recompile()
     return graph
+
+
+def _has_options(block: nn.Module) -> bool:
+    """Whether its forward can be called in several ways, of which a graph holds one."""
+    parameters = inspect.signature(block.forward).parameters.values()
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if any(p.default is not p.empty or p.kind in several for p in parameters):
+        return True
+    opened = (type(part).forward for part in block.modules() if not _is_leaf(part))
+    codes = (getattr(forward, "__code__", None) for forward in opened)
+    return any(code is None or _TYPE_QUESTIONS & set(code.co_names) for code in codes)
 
 
 class _Fuser:

@@ -234,3 +234,30 @@ def test_a_flat_network_folds_its_norms() -> None:
     packed = packed_and_checked(net)
     assert isinstance(packed, nn.Sequential)
     assert isinstance(packed[2], nn.Identity)
+
+
+def test_blocks_that_can_be_called_in_several_ways_are_left() -> None:
+    def by_type(m: Any, x: Any) -> Tensor:
+        first = x[0] if isinstance(x, list) else x
+        return m.relu(m.norm1(m.conv1(first)))  # type: ignore[no-any-return]
+
+    class Listing(Block):
+        def forward(self, x: Any) -> Tensor:
+            first = x[0] if isinstance(x, list) else x
+            return self.relu(self.norm1(self.conv1(first)))  # type: ignore[no-any-return]
+
+    class Optional(Block):
+        def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+            y: Tensor = self.relu(self.norm1(self.conv1(x)))
+            return y * 2 if twice else y
+
+    class Calls(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem_norm(self.stem(x))
+            x = self.block([x]) if type(self.block) is Listing else self.block(x, twice=True)
+            return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+    for kind in (Listing, Optional):
+        net = Calls(by_type)
+        net.block = kind(by_type)
+        assert type(packed_and_checked(net).block) is kind

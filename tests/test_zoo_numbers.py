@@ -174,7 +174,12 @@ def test_9_a_saved_model_agrees(
 def test_9_a_packed_model_agrees(trial: Trial, binary: nn.Module) -> None:
     packed = pack(binary.eval())
     assert any(isinstance(module, PackedConv) for module in packed.modules())
-    assert same(run(packed, trial.inputs()), run(binary, trial.inputs()))
+    given, expected = run(packed, trial.inputs()), run(binary, trial.inputs())
+    assert len(given) == len(expected)
+    for output, wanted in zip(given, expected, strict=True):
+        assert output.shape == wanted.shape
+        error = (output.nan_to_num(7.0) - wanted.nan_to_num(7.0)).double().norm()
+        assert error <= 1e-4 * wanted.nan_to_num(7.0).double().norm()
 
 
 def test_every_class_is_tried() -> None:
