@@ -186,7 +186,7 @@ class PackedConv(OneBitConv):
 
     def _by_torch(self, input: Tensor, output_size: Sequence[int] | None) -> Tensor:
         """The layer up to its norm and link, operation by operation."""
-        if not torch._C._is_tracing():
+        if not (torch.compiler.is_compiling() or torch._C._is_tracing()):
             self._check_channels(input)
         weight = self.bits if self._by_operator(input) else self.signs(input.dtype)
         return self._finish(input, self._scaled(input, weight, self.scale, output_size))
