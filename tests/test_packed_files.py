@@ -50,6 +50,8 @@ def test_a_file_holds_bits(good: Path) -> None:
     assert state["layer2.0.conv1.bits"].dtype == torch.uint8
     assert "layer2.0.conv1.weight" not in state
     assert read(good)[0].packed
+    mapped = torch.load(good, weights_only=True, mmap=True)["state_dict"]
+    assert all(torch.equal(mapped[key], state[key]) for key in state)
 
 
 def test_models_of_ones_own(tmp_path: Path) -> None:
