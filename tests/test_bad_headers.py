@@ -62,7 +62,7 @@ FORMAT: dict[str, tuple[Change, str]] = {
     "zero": (put(0, "format"), "format is 0"),
     "negative": (put(-1, "format"), "format is -1"),
     "null": (put(None, "format"), "format is None"),
-    "packed": (put(True, "packed"), "missing, first .*bits"),
+    "packed": (put(True, "packed"), "59 missing, first .*norm_scale"),
     "packed as text": (put("false", "packed"), "packed is 'false'"),
     "unknown field": (put(1, "surprise"), "surprise"),
     "missing field": (drop("recipe"), "recipe"),
