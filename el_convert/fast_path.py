@@ -221,21 +221,29 @@ def vector(values: Tensor | None, channels: int) -> Tensor | None:
     return values.detach().float().reshape(-1).expand(channels).contiguous()
 
 
+def activation_options(tail: Tail, channels: int) -> dict[str, Any]:
+    """A tail's activation in the terms of `Epilogue`."""
+    shift_in = None if tail.shift_in is None else -tail.shift_in.detach()
+    return {
+        "activation": "prelu" if tail.activation == "rprelu" else tail.activation,
+        "low": tail.low,
+        "high": tail.high,
+        "slope": vector(tail.slope, channels),
+        "act_in": vector(shift_in, channels),
+        "act_out": vector(tail.shift_out, channels),
+    }
+
+
 def _epilogue(layer: PackedLayer, tail: Tail, link_kind: str, pooled: bool) -> Epilogue:
     channels = layer.out_channels
     gamma, link = None, layer.link
     if link is not None:
         fixed = torch.full((channels,), link.options.gamma_init)
         gamma = fixed if link.gamma is None else link.gamma
-    shift_in = None if tail.shift_in is None else -tail.shift_in.detach()
-    kind = tail.activation
     return Epilogue(
         link=link_kind,
         link_pooled=pooled,
         link_after_norm=layer.recipe.link.place == "after-norm",
-        activation="prelu" if kind in ("prelu", "rprelu") else kind,
-        low=tail.low,
-        high=tail.high,
         residual_last=tail.residual_last,
         threshold=vector(layer.threshold, layer.in_channels),
         scale=vector(layer.scale, channels),
@@ -243,9 +251,7 @@ def _epilogue(layer: PackedLayer, tail: Tail, link_kind: str, pooled: bool) -> E
         gamma=vector(gamma, channels),
         norm_scale=vector(layer.norm_scale, channels),
         norm_shift=vector(layer.norm_shift, channels),
-        slope=vector(tail.slope, channels),
-        act_in=vector(shift_in, channels),
-        act_out=vector(tail.shift_out, channels),
+        **activation_options(tail, channels),
     )
 
 

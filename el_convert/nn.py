@@ -102,6 +102,7 @@ class OneBitConv(OneBitLayer):
         bias: Tensor | None,
         output_size: Sequence[int] | None,
     ) -> Tensor:
+        """The convolution itself: what each kind of layer has of its own."""
         raise NotImplementedError
 
 

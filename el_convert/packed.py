@@ -16,7 +16,7 @@ from el_convert.fast_path import FastPath
 from el_convert.functional import pack_bits, pad_same, same_padding, unpack_bits
 from el_convert.kernels import ConvGeometry, binary_conv2d
 from el_convert.nn import BinaryConv, OneBitConv, transposed_convolution
-from el_convert.tail import Tail, fold_norm, foldable
+from el_convert.tail import Tail, fold_norm, foldable, normalized
 
 _CONVOLVE: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
 _GEOMETRY = (
@@ -210,13 +210,11 @@ class PackedConv(OneBitConv):
 
     def _normalized(self, output: Tensor) -> Tensor:
         scale, shift = self.norm_scale, self.norm_shift
-        if scale is None:
+        if scale is None or shift is None:
             return output
         if output.dim() == len(self.kernel_size) + 1:  # without a batch, which the kernel needs
             return self._normalized(output.unsqueeze(0)).squeeze(0)
-        # torch's own kernel, so that it rounds as in the network that was trained.
-        zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
-        return F.batch_norm(output, zeros, ones, scale, shift, False, 0.0, 0.0)
+        return normalized(output, scale, shift)
 
     def signs(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as +1 and -1, of the shape it was trained in."""

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from el_convert.fast_path import plain_map, vector
+from el_convert.fast_path import activation_options, plain_map, vector
 from el_convert.kernels import engine
 from el_convert.kernels.native import Epilogue, MaxPool
 from el_convert.kernels.version import Marks
-from el_convert.tail import Tail, fold_norm, tail_of
+from el_convert.tail import Tail, fold_norm, normalized, tail_of
 
 
 class _Prepared:
@@ -76,9 +76,7 @@ class StemTail(nn.Module):
         )
 
     def _by_torch(self, input: Tensor) -> Tensor:
-        scale, shift = self.norm_scale, self.norm_shift
-        zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
-        output = F.batch_norm(input, zeros, ones, scale, shift, False, 0.0, 0.0)
+        output = normalized(input, self.norm_scale, self.norm_shift)
         output = cast(Tensor, self.activation(output))
         if self.pool == MaxPool():
             return output
@@ -120,12 +118,7 @@ def _max_pool(pool: nn.MaxPool2d) -> MaxPool:
 def _epilogue(scale: Tensor, shift: Tensor, tail: Tail) -> Epilogue:
     channels = scale.numel()
     return Epilogue(
-        activation="prelu" if tail.activation == "rprelu" else tail.activation,
-        low=tail.low,
-        high=tail.high,
         norm_scale=vector(scale, channels),
         norm_shift=vector(shift, channels),
-        slope=vector(tail.slope, channels),
-        act_in=vector(None if tail.shift_in is None else -tail.shift_in, channels),
-        act_out=vector(tail.shift_out, channels),
+        **activation_options(tail, channels),
     )

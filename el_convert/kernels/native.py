@@ -187,12 +187,7 @@ class Engine:
         """
         batch, channels, height, width = input.shape
         size = pool.output_size(height, width)
-        output = torch.empty(
-            (batch, channels, *size),
-            dtype=torch.float32,
-            device="cpu",
-            memory_format=torch.channels_last,
-        )
+        output = _empty_map(batch, channels, *size)
         call = _Pool(
             input.data_ptr(), output.data_ptr(), batch, height, width, channels, *size,
             *pool.kernel, *pool.stride, *pool.padding, torch.get_num_threads(),
@@ -215,8 +210,8 @@ class Epilogue:
     Args:
         link: one of `LINK_KINDS`.
         link_after_norm: whether the link is added after the norm.
-        link_pooled: whether the link is averaged over windows of 2x2 pixels first; it is matched
-            by 1, 2 or 4 channels then, or expanded by 8.
+        link_pooled: whether the link is averaged over windows of 2x2 pixels first. It then has as
+            many channels as the output, 2 or 4 times, or, without groups, 1/2 or 1/4.
         activation: one of `ACTIVATION_KINDS`.
         low, high: of "clamp".
         residual_last: whether the residual is added after the activation.
@@ -244,7 +239,6 @@ class Epilogue:
             raise ValueError("a norm needs both its scale and its shift")
         self.kept_alive = [v for v in vectors.values() if v is not None]
         self.link = link
-        self.link_pooled = link_pooled
         self.native = _Epilogue(
             low=low,
             high=high,
@@ -298,12 +292,7 @@ class NativeConv:
             raise ValueError(f"the link {epilogue.link} needs a map to add")
         batch, _, height, width = input.shape
         out_height, out_width = self._output_size((height, width))
-        output = torch.empty(
-            (batch, self.geometry.out_channels, out_height, out_width),
-            dtype=torch.float32,
-            device="cpu",
-            memory_format=torch.channels_last,
-        )
+        output = _empty_map(batch, self.geometry.out_channels, out_height, out_width)
         call = _Call(
             input.data_ptr(),
             None if link is None else link.data_ptr(),
@@ -319,6 +308,11 @@ class NativeConv:
         if self._run(self._handle, epilogue.address, byref(call)):
             raise MemoryError("the 1-bit convolution could not get its scratch memory")
         return output
+
+
+def _empty_map(*size: int) -> Tensor:
+    """Memory for (N, C, H, W) as the engine writes it, whatever torch's defaults are."""
+    return torch.empty(size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
 
 
 def _torch_thread_pool() -> int | None:

@@ -180,7 +180,7 @@ void work_through(void *data) {
     const Convolution &conv = *shared->work.conv;
     // The first strip is the largest.
     const Strip first = shared->strips->at(0, conv.pointwise);
-    const size_t bytes = scratch_layout(conv, *shared->work.call, first).total;
+    const size_t bytes = scratch_layout(conv, first).total;
     uint8_t *memory = static_cast<uint8_t *>(malloc(bytes + 64));
     if (!memory) {
         __atomic_store_n(&shared->failed, 1, __ATOMIC_RELAXED);
@@ -233,7 +233,7 @@ Tables::Tables() {
                                                      ones((pair >> 4) ^ weights) << 4);
 }
 
-Scratch scratch_layout(const Convolution &conv, const el_call &call, const Strip &strip) {
+Scratch scratch_layout(const Convolution &conv, const Strip &strip) {
     const el_geometry &g = conv.shape;
     Scratch at = {};
     const int64_t width = strip.end - strip.begin, rows = strip.row_end - strip.row_begin;
@@ -266,7 +266,6 @@ Scratch scratch_layout(const Convolution &conv, const el_call &call, const Strip
         end = (end + sizes[i] + 127) / 64 * 64;  // and at least a vector of slack
     }
     at.total = end;
-    (void)call;
     return at;
 }
 

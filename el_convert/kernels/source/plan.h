@@ -83,7 +83,7 @@ struct alignas(64) Tables {
 extern const Tables kTables;
 extern const Isa kAvx512, kAvx2, kNeon, kPortable;
 
-Scratch scratch_layout(const Convolution &conv, const el_call &call, const Strip &strip);
+Scratch scratch_layout(const Convolution &conv, const Strip &strip);
 
 // Where output channel `index` of a block lives in its vectors, so that widening bytes to 16 bits
 // by interleaving gives the channels in order.

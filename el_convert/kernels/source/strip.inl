@@ -157,7 +157,7 @@ static void depthwise_strip(const Work &work, const Strip &strip, const Scratch 
 
 static void run_strip(const Work &work, const Strip &strip, uint8_t *scratch) {
     const Convolution &conv = *work.conv;
-    const Scratch at = scratch_layout(conv, *work.call, strip);
+    const Scratch at = scratch_layout(conv, strip);
     if (conv.depthwise) return depthwise_strip(work, strip, at, scratch);
     const int64_t width = (strip.end - strip.begin + 1) / 2 * 2;
     const size_t block_bytes = static_cast<size_t>(conv.depth) * conv.block;
