@@ -9,12 +9,14 @@ const Tables kTables;
 
 namespace {
 
-int ones(int nibble) {
-    return (nibble & 1) + (nibble >> 1 & 1) + (nibble >> 2 & 1) + (nibble >> 3 & 1);
+int ones(int bits) {
+    int count = 0;
+    for (; bits; bits >>= 1) count += bits & 1;
+    return count;
 }
 
-const Isa *const kIsas[] = {&kAvx512, &kAvx2, &kNeon, &kPortable};
-const int kIsaCount = 4;
+const Isa *const kIsas[] = {&kAvx512Vbmi, &kAvx512, &kAvx2, &kNeon, &kPortable};
+const int kIsaCount = 5;
 const int kNarrow = 32;  // output channels that fill half of the widest vector
 const int64_t kStripBytes = 256 * 1024;  // of scratch: well inside a second-level cache
 
@@ -26,7 +28,7 @@ const Isa *find_isa(const char *name, int outputs) {
     for (int i = 0; i < kIsaCount; i++) {
         if (!kIsas[i]->available() || (name && strcmp(name, kIsas[i]->name))) continue;
         if (!best) best = kIsas[i];
-        if (best == &kAvx512 && kIsas[i] == &kAvx2 && outputs <= kNarrow) best = kIsas[i];
+        if (best->width == 64 && kIsas[i] == &kAvx2 && outputs <= kNarrow) best = kIsas[i];
     }
     return best;
 }
@@ -45,6 +47,12 @@ bool bad_shape(const el_geometry &g) {
 
 int padded(int channels, int block) { return (channels + block - 1) / block * block; }
 
+// Both nibbles of each byte are counted where 4 channels are.
+int units_of(const Convolution &conv) {
+    const int channels = conv.isa->lookup.channels;
+    return channels == 4 ? 2 * conv.pixel_bytes : (conv.group_in + channels - 1) / channels;
+}
+
 void choose_block(Convolution *conv) {
     const int outputs = conv->depthwise ? conv->shape.out_channels : conv->group_out;
     const int wide = conv->isa->max_block, narrow = wide / 2;
@@ -56,20 +64,21 @@ void choose_block(Convolution *conv) {
     conv->plane = conv->padded_out * (conv->depthwise ? 1 : conv->shape.groups);
 }
 
-// Cuts each run of nibbles into pieces that byte counters hold, of equal length where possible.
+// Cuts each run of lookups into pieces that byte counters hold, of equal length where possible.
 int cut_chunks(const Convolution &conv, Chunk *chunks) {
     const el_geometry &g = conv.shape;
     const bool joined = g.dilation_w == 1;
-    const int run = joined ? g.kernel_w * conv.nibbles : conv.nibbles;
-    const int pieces = (run + kChunk - 1) / kChunk;
-    const int length = ((run + pieces - 1) / pieces + 2) / 3 * 3;
+    const Lookup &lookup = conv.isa->lookup;
+    const int run = joined ? g.kernel_w * conv.units : conv.units;
+    const int pieces = (run + lookup.most - 1) / lookup.most;
+    const int length = padded((run + pieces - 1) / pieces, lookup.multiple);
     int count = 0;
     for (int y = 0; y < g.kernel_h; y++)
         for (int x = 0; x < (joined ? 1 : g.kernel_w); x++)
             for (int at = 0; at < run; at += length, count++) {
                 if (!chunks) continue;
                 chunks[count].row = y * g.dilation_h;
-                chunks[count].start = x * g.dilation_w * conv.nibbles + at;
+                chunks[count].start = x * g.dilation_w * conv.units + at;
                 chunks[count].length = length < run - at ? length : run - at;
             }
     return count;
@@ -81,11 +90,11 @@ void place_weight(Convolution *conv, int group, int m, int c, int t) {
         conv->weight[static_cast<size_t>(t) * conv->padded_out + group] = 1;
         return;
     }
-    const int block = m / conv->block;
+    const int block = m / conv->block, channels = conv->isa->lookup.channels;
     const size_t row = static_cast<size_t>(group * conv->blocks + block) * conv->depth +
-                       static_cast<size_t>(t) * conv->nibbles + c / 4;
+                       static_cast<size_t>(t) * conv->units + c / channels;
     const int lane = lane_of(m % conv->block, conv->isa->width);
-    conv->weight[row * conv->block + lane] |= static_cast<uint8_t>(1 << (c & 3));
+    conv->weight[row * conv->block + lane] |= static_cast<uint8_t>(1 << c % channels);
 }
 
 void place_weights(Convolution *conv, const uint8_t *bits) {
@@ -126,8 +135,6 @@ bool allocate(Convolution *conv) {
     return conv->weight && conv->plus && conv->chunks;
 }
 
-int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
-
 // The strips of a call, the same number of rows (or pixels) in each but the last.
 struct Strips {
     int64_t images, rows, width, step, per_image;
@@ -135,25 +142,26 @@ struct Strips {
     Strips(const Convolution &conv, const el_call &call) {
         const int64_t threads = max64(1, call.threads);
         const el_geometry &g = conv.shape;
+        const int pixels = conv.isa->lookup.pixels;
         int64_t bytes;
         if (conv.pointwise) {
             images = 1;
             rows = call.batch * call.out_height * call.out_width;
             width = 0;
-            bytes = 2 * conv.padded_out + conv.nibbles / 2 + conv.pixel_bytes;
+            bytes = 2 * conv.padded_out + conv.units / pixels + conv.pixel_bytes;
         } else {
             images = call.batch;
             rows = call.out_height;
             width = call.out_width;
-            const int64_t pixel = conv.depthwise ? conv.padded_out : conv.nibbles;
-            bytes = even(width) * (2 * conv.padded_out + g.stride_h * g.stride_w * pixel);
+            const int64_t pixel = conv.depthwise ? conv.padded_out : conv.units;
+            bytes = whole(width, pixels) * (2 * conv.padded_out + g.stride_h * g.stride_w * pixel);
         }
         step = max64(conv.pointwise ? kRunPixels : 1, kStripBytes / max64(bytes, 1));
         const int64_t share = (images * rows + threads - 1) / threads;
         step = min64(step, max64(share, 1));
         const int64_t strips = max64(1, (rows + step - 1) / step);
         step = max64(1, (rows + strips - 1) / strips);
-        if (conv.pointwise) step = even(step);
+        if (conv.pointwise) step = whole(step, pixels);
         per_image = (rows + step - 1) / step;
     }
 
@@ -229,25 +237,30 @@ void pool_through(void *data) {
 Tables::Tables() {
     for (int pair = 0; pair < 256; pair++)
         for (int weights = 0; weights < 16; weights++)
-            at[pair][weights] = static_cast<uint8_t>(ones((pair & 15) ^ weights) |
-                                                     ones((pair >> 4) ^ weights) << 4);
+            four[pair][weights] = static_cast<uint8_t>(ones((pair & 15) ^ weights) |
+                                                       ones((pair >> 4) ^ weights) << 4);
+    for (int signs = 0; signs < 64; signs++)
+        for (int weights = 0; weights < 64; weights++)
+            six[signs][weights] = static_cast<uint8_t>(ones(signs ^ weights));
 }
 
 Scratch scratch_layout(const Convolution &conv, const Strip &strip) {
     const el_geometry &g = conv.shape;
     Scratch at = {};
-    const int64_t width = strip.end - strip.begin, rows = strip.row_end - strip.row_begin;
+    const int64_t rows = strip.row_end - strip.row_begin;
+    const int pixels = conv.depthwise ? 1 : conv.isa->lookup.pixels;
+    const int64_t width = whole(strip.end - strip.begin, pixels);
     size_t bits = 0, taps = 0;
     if (conv.pointwise) {
         at.rows = 1;
-        at.columns = even(width) / 2;
-        at.row_bytes = at.columns * conv.nibbles;
-        bits = static_cast<size_t>((even(width) + 1) * conv.pixel_bytes);
+        at.columns = width / pixels;
+        at.row_bytes = at.columns * conv.units;
+        bits = static_cast<size_t>(width * conv.pixel_bytes);
     } else {
-        const int64_t last = conv.depthwise ? width - 1 : even(width) - 2;
+        const int64_t last = width - pixels;
         at.rows = (rows - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1;
         at.columns = last * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1;
-        at.row_bytes = at.columns * (conv.depthwise ? conv.padded_out : conv.nibbles);
+        at.row_bytes = at.columns * (conv.depthwise ? conv.padded_out : conv.units);
         if (conv.depthwise) taps = conv.taps * sizeof(ptrdiff_t);
         else bits = static_cast<size_t>((at.columns + g.stride_w) * conv.pixel_bytes);
     }
@@ -255,7 +268,7 @@ Scratch scratch_layout(const Convolution &conv, const Strip &strip) {
     const size_t sizes[] = {
         bits,
         static_cast<size_t>(at.rows * at.row_bytes),
-        static_cast<size_t>(rows * even(width) * conv.padded_out) * sizeof(uint16_t),
+        static_cast<size_t>(rows * width * conv.padded_out) * sizeof(uint16_t),
         conv.padded_out * sizeof(float),
         conv.padded_out * sizeof(float) * kRunPixels,
         taps,
@@ -305,9 +318,9 @@ void *el_create(const el_geometry *geometry, const uint8_t *weight, const char *
     conv->group_in = g.in_channels / g.groups;
     conv->group_out = g.out_channels / g.groups;
     conv->pixel_bytes = (conv->group_in + 7) / 8;
-    conv->nibbles = 2 * conv->pixel_bytes;
+    conv->units = units_of(*conv);
     conv->taps = g.kernel_h * g.kernel_w;
-    conv->depth = conv->taps * conv->nibbles;
+    conv->depth = conv->taps * conv->units;
     choose_block(conv);
     if (!allocate(conv)) {
         el_destroy(conv);

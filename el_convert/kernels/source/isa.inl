@@ -1,6 +1,6 @@
-// The engine for one instruction set: the file that includes this has chosen `Simd`.
+// The engine for one instruction set: the file that includes this has chosen `Simd` and how signs
+// are counted.
 #include "pack.inl"
-#include "tile.inl"
 #include "epilogue.inl"
 #include "strip.inl"
 #include "pool.inl"

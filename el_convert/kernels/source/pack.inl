@@ -1,4 +1,4 @@
-// From float channels to the map of nibbles that the tiles read. Included once per instruction set.
+// From float channels to the map that the tiles read. Included once per instruction set.
 
 // One bit per channel, the least significant first: 1 where x > threshold.
 static inline void pack_signs(const float *x, const float *threshold, int count, uint8_t *bits) {
@@ -13,15 +13,6 @@ static inline void pack_signs(const float *x, const float *threshold, int count,
         for (int i = 0; i < 8 && c + i < count; i++)
             byte |= static_cast<unsigned>(x[c + i] > (threshold ? threshold[c + i] : 0.0f)) << i;
         bits[c / 8] = static_cast<uint8_t>(byte);
-    }
-}
-
-// Byte k: nibble k of one pixel below nibble k of another.
-static inline void pair_nibbles(const uint8_t *low, const uint8_t *high, size_t count,
-                                uint8_t *__restrict out) {
-    for (size_t i = 0; i < count; i++) {
-        out[2 * i] = static_cast<uint8_t>((low[i] & 15) | (high[i] << 4));
-        out[2 * i + 1] = static_cast<uint8_t>((low[i] >> 4) | (high[i] & 0xF0));
     }
 }
 
@@ -48,9 +39,8 @@ static void pack_pointwise(const Work &work, const Strip &strip, int group, cons
         }
     }
     memset(bits + count * bytes, 0, static_cast<size_t>(bytes));  // the last pair may be half
-    for (int64_t i = 0; i < count; i += 2)
-        pair_nibbles(bits + i * bytes, bits + (i + 1) * bytes, static_cast<size_t>(bytes),
-                     map + (i / 2) * conv.nibbles);
+    for (int64_t column = 0; column < at.columns; column++)
+        fill_map(conv, bits + column * kPixels * bytes, 1, 1, map + column * conv.units);
 }
 
 // The input row that row `index` of a strip's map holds; outside of the image for padding.
@@ -81,7 +71,7 @@ static void pack_rows(const Work &work, const Strip &strip, int group, const Scr
                          group * conv.group_in;
         for (int64_t i = 0; i < end; i++)
             pack_signs(x + i * channels, threshold, conv.group_in, bits + (left + i) * bytes);
-        pair_nibbles(bits, bits + step * bytes, static_cast<size_t>(at.columns * bytes), out);
+        fill_map(conv, bits, step, at.columns, out);
     }
 }
 

@@ -2,7 +2,7 @@
 #ifndef EL_CONVERT_SIMD_AVX512_H
 #define EL_CONVERT_SIMD_AVX512_H
 
-struct Simd {
+struct Avx512 {
     typedef __m512i Bytes;
     typedef __m512 Floats;
     enum { kBytes = 64, kFloats = 16, kSigns = 16, kMaxBlock = 128 };

@@ -78,16 +78,16 @@ static int slab_end(const Convolution &conv, int begin, int *depth) {
     int end = begin;
     *depth = 0;
     while (end < conv.chunk_count &&
-           (end == begin || (*depth + conv.chunks[end].length) * conv.block <= kSlabBytes))
+           (end == begin || (*depth + conv.chunks[end].length) * conv.block <= kLookup.slab_bytes))
         *depth += conv.chunks[end++].length;
     return end;
 }
 
 static void count_block(const Convolution &conv, const Strip &strip, int block,
                         const uint8_t *weight, const Scratch &at, uint8_t *scratch) {
-    const int64_t pairs = (strip.end - strip.begin + 1) / 2;
+    const int64_t columns = whole(strip.end - strip.begin, kPixels) / kPixels;
     const ptrdiff_t step =
-        static_cast<ptrdiff_t>(conv.nibbles) * (conv.pointwise ? 1 : 2 * conv.shape.stride_w);
+        static_cast<ptrdiff_t>(conv.units) * (conv.pointwise ? 1 : kPixels * conv.shape.stride_w);
     const int64_t rows = strip.row_end - strip.row_begin;
     uint16_t *sums = reinterpret_cast<uint16_t *>(scratch + at.sums) + block * conv.block;
     const ptrdiff_t stride = conv.padded_out;
@@ -96,11 +96,11 @@ static void count_block(const Convolution &conv, const Strip &strip, int block,
         const int end = slab_end(conv, begin, &depth);
         for (int64_t y = 0; y < rows; y++) {
             const uint8_t *map = scratch + at.map + y * conv.shape.stride_h * at.row_bytes;
-            uint16_t *out = sums + y * pairs * 2 * stride;
+            uint16_t *out = sums + y * columns * kPixels * stride;
             const Chunk *chunks = conv.chunks + begin;
             const bool wide = conv.block == Simd::kMaxBlock;
             const int kWide = Simd::kMaxBlock / Simd::kBytes;
-            (wide ? tile_row<kWide> : tile_row<kWide / 2>)(map, step, at.row_bytes, pairs, chunks,
+            (wide ? tile_row<kWide> : tile_row<kWide / 2>)(map, step, at.row_bytes, columns, chunks,
                                                            end - begin, weight, out, stride,
                                                            begin == 0);
         }
@@ -159,7 +159,7 @@ static void run_strip(const Work &work, const Strip &strip, uint8_t *scratch) {
     const Convolution &conv = *work.conv;
     const Scratch at = scratch_layout(conv, strip);
     if (conv.depthwise) return depthwise_strip(work, strip, at, scratch);
-    const int64_t width = (strip.end - strip.begin + 1) / 2 * 2;
+    const int64_t width = whole(strip.end - strip.begin, kPixels);
     const size_t block_bytes = static_cast<size_t>(conv.depth) * conv.block;
     for (int group = 0; group < conv.shape.groups; group++) {
         if (conv.pointwise) pack_pointwise(work, strip, group, at, scratch);
@@ -173,22 +173,24 @@ static void run_strip(const Work &work, const Strip &strip, uint8_t *scratch) {
 }
 
 static double peak(int rounds) {
-    enum { kDepth = 48, kPairs = 2, kRepeats = 64 };
-    static const Chunk chunk = {0, 0, kDepth};
-    alignas(64) static uint8_t map[kPairs * kDepth], weight[kDepth * Simd::kMaxBlock];
-    alignas(64) uint16_t sums[2 * kPairs * Simd::kMaxBlock];
-    for (int i = 0; i < kPairs * kDepth; i++) map[i] = static_cast<uint8_t>(i * 37);
-    for (int i = 0; i < kDepth * Simd::kMaxBlock; i++) weight[i] = i * 7 & 15;
+    enum { kDepth = 42, kRepeats = 64, kBytes = kPeakChunks * kDepth };
+    static const Chunk chunks[2] = {{0, 0, kDepth}, {0, kDepth, kDepth}};
+    alignas(64) static uint8_t map[kTile * kBytes], weight[kBytes * Simd::kMaxBlock];
+    alignas(64) uint16_t sums[kTile * kPixels * Simd::kMaxBlock];
+    const int most = (1 << kChannels) - 1;
+    for (int i = 0; i < kTile * kBytes; i++)
+        map[i] = static_cast<uint8_t>(i * 37 & ((1 << kChannels * kPixels) - 1));
+    for (int i = 0; i < kBytes * Simd::kMaxBlock; i++) weight[i] = i * 7 & most;
     double best = 0;
     for (int round = 0; round < rounds; round++) {
         const double start = seconds();
         for (int i = 0; i < kRepeats; i++) {
-            tile<kPairs, Simd::kMaxBlock / Simd::kBytes>(map, kDepth, 0, &chunk, 1, weight, sums,
-                                                         Simd::kMaxBlock, true);
+            tile<kTile, Simd::kMaxBlock / Simd::kBytes>(map, kBytes, 0, chunks, kPeakChunks, weight,
+                                                        sums, Simd::kMaxBlock, true);
             __asm__ volatile("" : : "g"(map), "g"(weight), "g"(sums) : "memory");
         }
         const double spent = seconds() - start;
-        const int count = 8 * kPairs * kDepth * Simd::kMaxBlock * kRepeats;
+        const int count = kChannels * kPixels * kTile * kBytes * Simd::kMaxBlock * kRepeats;
         const double rate = count / spent;
         if (rate > best) best = rate;
     }

@@ -1,9 +1,26 @@
-// The inner loop: counting disagreeing signs by table lookup. Included once per instruction set.
+// The inner loop: counting disagreeing signs by lookups in tables of 16 bytes. Included once per
+// instruction set that has no larger ones.
 //
 // A byte of the map holds 4 channels of two output pixels. It selects one of 256 tables of 16
 // bytes, each holding, for every possible nibble of weights, how many of the 4 signs disagree: for
 // the first pixel in the low half of the byte, for the second in the high half. The weights of
 // many output channels are the index of one vector lookup.
+
+enum { kChannels = 4, kPixels = 2, kTile = 2, kPeakChunks = 1 };
+// A counter holds 63 times 4; half of a first-level cache of 32 KB holds the weights.
+const Lookup kLookup = {kChannels, kPixels, 63, 3, 16384};
+
+// Columns of the map: byte k of each is nibble k of one pixel below nibble k of another, `partner`
+// pixels to the right.
+static inline void fill_map(const Convolution &conv, const uint8_t *bits, int64_t partner,
+                            int64_t columns, uint8_t *__restrict out) {
+    const uint8_t *high = bits + partner * conv.pixel_bytes;
+    const int64_t count = columns * conv.pixel_bytes;
+    for (int64_t i = 0; i < count; i++) {
+        out[2 * i] = static_cast<uint8_t>((bits[i] & 15) | (high[i] << 4));
+        out[2 * i + 1] = static_cast<uint8_t>((bits[i] >> 4) | (high[i] & 0xF0));
+    }
+}
 
 // kPairs pixel pairs times kVectors vectors of output channels. A counter of 4 bits holds three
 // lookups; then both halves go on to bytes: `both` gets low + 16 * high modulo 256, `high` the
@@ -23,9 +40,9 @@ static inline void tile(const uint8_t *map, ptrdiff_t pair_step, ptrdiff_t row_b
         for (; k + 3 <= chunk->length; k += 3, weight += 3 * block) {
             for (int p = 0; p < kPairs; p++) {
                 const uint8_t *pair = from + p * pair_step + k;
-                const Bytes t0 = Simd::table(kTables.at[pair[0]]);
-                const Bytes t1 = Simd::table(kTables.at[pair[1]]);
-                const Bytes t2 = Simd::table(kTables.at[pair[2]]);
+                const Bytes t0 = Simd::table(kTables.four[pair[0]]);
+                const Bytes t1 = Simd::table(kTables.four[pair[1]]);
+                const Bytes t2 = Simd::table(kTables.four[pair[2]]);
                 for (int v = 0; v < kVectors; v++) {
                     const uint8_t *w = weight + v * Simd::kBytes;
                     const Bytes counts =
@@ -39,7 +56,7 @@ static inline void tile(const uint8_t *map, ptrdiff_t pair_step, ptrdiff_t row_b
         }
         for (; k < chunk->length; k++, weight += block)
             for (int p = 0; p < kPairs; p++) {
-                const Bytes t = Simd::table(kTables.at[from[p * pair_step + k]]);
+                const Bytes t = Simd::table(kTables.four[from[p * pair_step + k]]);
                 for (int v = 0; v < kVectors; v++) {
                     const Bytes counts = Simd::lookup(t, Simd::load(weight + v * Simd::kBytes));
                     both[p][v] = Simd::add(both[p][v], counts);
@@ -65,10 +82,9 @@ template <int kVectors>
 static void tile_row(const uint8_t *map, ptrdiff_t pair_step, ptrdiff_t row_bytes, int64_t pairs,
                      const Chunk *chunk, int chunks, const uint8_t *weight, uint16_t *sums,
                      ptrdiff_t stride, bool first) {
-    const int kPairs = 2;
     int64_t i = 0;
-    for (; i + kPairs <= pairs; i += kPairs)
-        tile<kPairs, kVectors>(map + i * pair_step, pair_step, row_bytes, chunk, chunks, weight,
+    for (; i + kTile <= pairs; i += kTile)
+        tile<kTile, kVectors>(map + i * pair_step, pair_step, row_bytes, chunk, chunks, weight,
                                sums + 2 * i * stride, stride, first);
     for (; i < pairs; i++)
         tile<1, kVectors>(map + i * pair_step, pair_step, row_bytes, chunk, chunks, weight,

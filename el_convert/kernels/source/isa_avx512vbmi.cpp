@@ -1,0 +1,43 @@
+#include "system.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+// For this file alone, so that the rest runs on any machine of the architecture.
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512vbmi,avx2,fma,bmi2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vbmi,avx2,fma,bmi2")
+#endif
+
+namespace el {
+namespace {
+#include "simd_avx512vbmi.h"
+
+#include "lookup6.inl"
+#include "isa.inl"
+}  // namespace
+}  // namespace el
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace el {
+static bool available() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("bmi2");
+}
+const Isa kAvx512Vbmi = {"avx512vbmi", available, Simd::kBytes, Simd::kMaxBlock, kLookup,
+                         run_strip, pool_rows, peak};
+}  // namespace el
+#else
+namespace el {
+static bool available() { return false; }
+const Isa kAvx512Vbmi = {"avx512vbmi", available, 0, 0, {}, nullptr, nullptr, nullptr};
+}  // namespace el
+#endif
