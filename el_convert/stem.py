@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from el_convert.fast_path import activation_options, plain_map, vector
 from el_convert.kernels import engine
+from el_convert.kernels.buffers import shared_pool
 from el_convert.kernels.native import Epilogue, MaxPool
 from el_convert.kernels.version import Marks
 from el_convert.tail import Tail, fold_norm, normalized, tail_of
@@ -20,6 +21,7 @@ class _Prepared:
     """The engine's parameters and the tensors they were made of. Never copied or saved."""
 
     def __init__(self) -> None:
+        self.maps = shared_pool()
         self.of: tuple[list[Any], Marks, Epilogue] | None = None
 
     def __deepcopy__(self, memo: object) -> _Prepared:
@@ -67,7 +69,10 @@ class StemTail(nn.Module):
         if epilogue is None:
             return self._by_torch(input)
         output = library.pool(
-            input.contiguous(memory_format=torch.channels_last), epilogue, self.pool
+            input.contiguous(memory_format=torch.channels_last),
+            epilogue,
+            self.pool,
+            self._prepared.maps,
         )
         return (
             output

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from el_convert.kernels.buffers import MapPool, shared_pool
 from el_convert.kernels.geometry import ConvGeometry
 
 ABI = 4
@@ -174,20 +175,21 @@ class Engine:
         )
         return NativeConv(self._library, handle, geometry) if handle else None
 
-    def pool(self, input: Tensor, epilogue: Epilogue, pool: MaxPool) -> Tensor:
+    def pool(self, input: Tensor, epilogue: Epilogue, pool: MaxPool, maps: MapPool) -> Tensor:
         """Norm and activation of a float map, as in `Epilogue`, then max pooling, in one pass.
 
         Args:
             input: (N, C, H, W) float32 on the CPU, channels_last in memory.
             epilogue: only its norm and activation count.
             pool: the pooling.
+            maps: what gives the output's memory.
 
         Returns:
             (N, C, OH, OW), channels_last.
         """
         batch, channels, height, width = input.shape
         size = pool.output_size(height, width)
-        output = _empty_map(batch, channels, *size)
+        output = maps.take(batch, channels, *size)
         call = _Pool(
             input.data_ptr(), output.data_ptr(), batch, height, width, channels, *size,
             *pool.kernel, *pool.stride, *pool.padding, torch.get_num_threads(),
@@ -265,6 +267,7 @@ class NativeConv:
         self._handle = handle
         self.geometry = geometry
         self._output_size = cache(geometry.output_size)
+        self._maps = shared_pool()
 
     def __del__(self) -> None:
         self._library.el_destroy(self._handle)
@@ -292,7 +295,7 @@ class NativeConv:
             raise ValueError(f"the link {epilogue.link} needs a map to add")
         batch, _, height, width = input.shape
         out_height, out_width = self._output_size((height, width))
-        output = _empty_map(batch, self.geometry.out_channels, out_height, out_width)
+        output = self._maps.take(batch, self.geometry.out_channels, out_height, out_width)
         call = _Call(
             input.data_ptr(),
             None if link is None else link.data_ptr(),
@@ -308,11 +311,6 @@ class NativeConv:
         if self._run(self._handle, epilogue.address, byref(call)):
             raise MemoryError("the 1-bit convolution could not get its scratch memory")
         return output
-
-
-def _empty_map(*size: int) -> Tensor:
-    """Memory for (N, C, H, W) as the engine writes it, whatever torch's defaults are."""
-    return torch.empty(size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
 
 
 def _torch_thread_pool() -> int | None:

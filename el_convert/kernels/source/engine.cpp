@@ -18,7 +18,7 @@ int ones(int bits) {
 const Isa *const kIsas[] = {&kAvx512Vbmi, &kAvx512, &kAvx2, &kNeon, &kPortable};
 const int kIsaCount = 5;
 const int kNarrow = 32;  // output channels that fill half of the widest vector
-const int64_t kStripBytes = 256 * 1024;  // of scratch: well inside a second-level cache
+const int64_t kStripBytes = 128 * 1024;  // of scratch: well inside a second-level cache
 
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
 Parallel parallel = nullptr;

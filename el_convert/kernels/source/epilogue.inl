@@ -22,22 +22,33 @@ static inline void store_lanes(float *p, Simd::Floats v, int count) {
     memcpy(p, padded, static_cast<size_t>(count) * sizeof *p);
 }
 
-// The activation of one vector of channels.
-template <bool kTail>
-static inline Simd::Floats activate(const el_epilogue &e, Simd::Floats v, int channel, int count) {
-    if (e.activation == EL_ACT_CLAMP)
-        return Simd::min(Simd::set(e.high), Simd::max(Simd::set(e.low), v));
-    if (e.activation == EL_ACT_NONE) return v;
-    if (e.act_in) v = Simd::add(v, load_lanes<kTail>(e.act_in + channel, count));
-    v = Simd::prelu(v, load_lanes<kTail>(e.slope + channel, count));
-    return e.act_out ? Simd::add(v, load_lanes<kTail>(e.act_out + channel, count)) : v;
+// The activation of one vector of channels of some pixels.
+template <int kPixels, bool kTail>
+static inline void activate(const el_epilogue &e, int channel, int count, Simd::Floats *v) {
+    typedef Simd::Floats Floats;
+    if (e.activation == EL_ACT_CLAMP) {
+        const Floats low = Simd::set(e.low), high = Simd::set(e.high);
+        for (int p = 0; p < kPixels; p++) v[p] = Simd::min(high, Simd::max(low, v[p]));
+    }
+    if (e.activation != EL_ACT_PRELU) return;
+    if (e.act_in) {
+        const Floats shift = load_lanes<kTail>(e.act_in + channel, count);
+        for (int p = 0; p < kPixels; p++) v[p] = Simd::add(v[p], shift);
+    }
+    const Floats slope = load_lanes<kTail>(e.slope + channel, count);
+    for (int p = 0; p < kPixels; p++) v[p] = Simd::prelu(v[p], slope);
+    if (e.act_out) {
+        const Floats shift = load_lanes<kTail>(e.act_out + channel, count);
+        for (int p = 0; p < kPixels; p++) v[p] = Simd::add(v[p], shift);
+    }
 }
 
-template <bool kTail>
-static inline Simd::Floats normalize(const el_epilogue &e, Simd::Floats v, int channel, int count) {
-    if (!e.norm_scale) return v;
-    return Simd::fma(v, load_lanes<kTail>(e.norm_scale + channel, count),
-                     load_lanes<kTail>(e.norm_shift + channel, count));
+template <int kPixels, bool kTail>
+static inline void normalize(const el_epilogue &e, int channel, int count, Simd::Floats *v) {
+    if (!e.norm_scale) return;
+    const Simd::Floats scale = load_lanes<kTail>(e.norm_scale + channel, count);
+    const Simd::Floats shift = load_lanes<kTail>(e.norm_shift + channel, count);
+    for (int p = 0; p < kPixels; p++) v[p] = Simd::fma(v[p], scale, shift);
 }
 
 // Where pixels are read that the link is made of.
@@ -47,15 +58,15 @@ struct Source {
     ptrdiff_t step;         // to the next output pixel's
     ptrdiff_t right, down;  // within a window of 2x2
     template <class Load>
-    Simd::Floats load(const Load &one, ptrdiff_t at) const {
-        const float *p = from + at;
+    Simd::Floats load(const Load &one, int pixel, ptrdiff_t at) const {
+        const float *p = from + pixel * step + at;
         if (!kPooled) return one(p);
         // In torch's order: the sum of four, rounded each time, and a quarter of it.
         const Simd::Floats row = Simd::add(one(p), one(p + right));
         const Simd::Floats sum = Simd::add(Simd::add(row, one(p + down)), one(p + down + right));
         return Simd::mul(sum, Simd::set(0.25f));
     }
-    void next() { from += step; }
+    void skip(int pixels) { from += pixels * step; }
 };
 
 struct LoadAll {
@@ -67,12 +78,12 @@ struct LoadFirst {
     Simd::Floats operator()(const float *p) const { return Simd::load_first(p, count); }
 };
 
-// Links: `at` gives one vector of the pixel's, from channel `at` of the run's on.
+// Links: `at` gives one vector of the `pixel`-th from here, from channel `at` of the run's on.
 struct NoLink {
     static const bool kAny = false;
     template <bool kTail>
-    Simd::Floats at(int, int) const { return Simd::set(0); }
-    void next() {}
+    Simd::Floats at(int, int, int) const { return Simd::set(0); }
+    void skip(int) {}
 };
 
 // As many channels as the output has.
@@ -81,11 +92,11 @@ struct DirectLink {
     static const bool kAny = true;
     Source<kPooled> source;
     template <bool kTail>
-    Simd::Floats at(int at, int count) const {
+    Simd::Floats at(int pixel, int at, int count) const {
         const LoadFirst first = {count};
-        return kTail ? source.load(first, at) : source.load(LoadAll(), at);
+        return kTail ? source.load(first, pixel, at) : source.load(LoadAll(), pixel, at);
     }
-    void next() { source.next(); }
+    void skip(int pixels) { source.skip(pixels); }
 };
 
 // Each input channel for `times` output channels, a divisor of the vector's length.
@@ -96,11 +107,11 @@ struct ExpandLink {
     int inputs, shift;  // input channels of a vector; log2 of `times`
     int32_t lanes[Simd::kFloats];
     template <bool kTail>
-    Simd::Floats at(int at, int count) const {
+    Simd::Floats at(int pixel, int at, int count) const {
         const LoadFirst first = {kTail ? ((count - 1) >> shift) + 1 : inputs};
-        return Simd::pick(source.load(first, at >> shift), lanes);
+        return Simd::pick(source.load(first, pixel, at >> shift), lanes);
     }
-    void next() { source.next(); }
+    void skip(int pixels) { source.skip(pixels); }
 };
 
 // The sum, or mean, of kTimes input channels: summed in order, as torch does.
@@ -110,14 +121,14 @@ struct SqueezeLink {
     Source<kPooled> source;
     Simd::Floats factor;
     template <bool kTail>
-    Simd::Floats at(int at, int count) const {
+    Simd::Floats at(int pixel, int at, int count) const {
         Simd::Floats v[kTimes], w[kTimes];
         for (int i = 0; i < kTimes; i++) {
             const ptrdiff_t from = at * kTimes + i * Simd::kFloats;
             const int left = count * kTimes - i * Simd::kFloats;
             const LoadFirst first = {left < 0 ? 0 : left};
-            if (kTail && left < Simd::kFloats) v[i] = source.load(first, from);
-            else v[i] = source.load(LoadAll(), from);
+            if (kTail && left < Simd::kFloats) v[i] = source.load(first, pixel, from);
+            else v[i] = source.load(LoadAll(), pixel, from);
         }
         // Split evens from odds until vector i holds every kTimes-th channel from i on.
         for (int apart = 1; apart < kTimes; apart *= 2) {
@@ -129,49 +140,86 @@ struct SqueezeLink {
         for (int i = 1; i < kTimes; i++) sum = Simd::add(sum, v[i]);
         return Simd::mul(sum, factor);
     }
-    void next() { source.next(); }
+    void skip(int pixels) { source.skip(pixels); }
 };
 
-// One vector of channels of one pixel, `at` channels into the run's.
-template <bool kTail, class Link>
-static inline void finish(const el_epilogue &e, const Run &run, const Link &link, int at,
-                          const uint16_t *sums, const float *residual, float *out) {
-    typedef Simd::Floats Floats;
-    const int channel = run.channel + at, count = run.channels - at;
-    // Exact: whole numbers below 2^24.
-    Floats v = Simd::fma(Simd::set(-2.0f), Simd::widen(sums + at), Simd::load(run.init + at));
-    if (e.scale) v = Simd::mul(v, load_lanes<kTail>(e.scale + channel, count));
-    if (e.bias) v = Simd::add(v, load_lanes<kTail>(e.bias + channel, count));
-    Floats linked, gamma;
-    if (Link::kAny) {
-        linked = link.template at<kTail>(at, count);
-        gamma = load_lanes<kTail>(e.gamma + channel, count);
-        if (!e.link_after_norm) v = Simd::fma(gamma, linked, v);
-    }
-    v = normalize<kTail>(e, v, channel, count);
-    if (Link::kAny && e.link_after_norm) v = Simd::fma(gamma, linked, v);
-    if (residual && !e.residual_last) v = Simd::add(v, load_lanes<kTail>(residual + at, count));
-    v = activate<kTail>(e, v, channel, count);
-    if (residual && e.residual_last) v = Simd::add(v, load_lanes<kTail>(residual + at, count));
-    store_lanes<kTail>(out + at, v, count);
+// Where a run's next pixels are read and written.
+struct Place {
+    const uint16_t *sums;
+    const float *residual;  // or null
+    float *out;
+    ptrdiff_t width, outputs;  // from pixel to pixel: of sums; of the others
+};
+
+template <int kPixels, bool kTail>
+static inline void add_residual(const Place &place, int at, int count, Simd::Floats *v) {
+    for (int p = 0; p < kPixels; p++)
+        v[p] = Simd::add(v[p], load_lanes<kTail>(place.residual + p * place.outputs + at, count));
 }
 
-// Pixel by pixel, each with all its channels: memory is read and written in long runs.
+template <int kPixels>
+static inline void add_link(const Simd::Floats (&linked)[kPixels], Simd::Floats gamma,
+                            Simd::Floats *v) {
+    for (int p = 0; p < kPixels; p++) v[p] = Simd::fma(gamma, linked[p], v[p]);
+}
+
+// One vector of channels of some pixels, `at` channels into the run's.
+template <int kPixels, bool kTail, class Link>
+static inline void finish(const el_epilogue &e, const Run &run, const Link &link, int at,
+                          const Place &place) {
+    typedef Simd::Floats Floats;
+    const int channel = run.channel + at, count = run.channels - at;
+    Floats v[kPixels], linked[kPixels], gamma = Simd::set(0);
+    const Floats init = Simd::load(run.init + at), minus_two = Simd::set(-2.0f);
+    // Exact: whole numbers below 2^24.
+    for (int p = 0; p < kPixels; p++)
+        v[p] = Simd::fma(minus_two, Simd::widen(place.sums + p * place.width + at), init);
+    if (e.scale) {
+        const Floats scale = load_lanes<kTail>(e.scale + channel, count);
+        for (int p = 0; p < kPixels; p++) v[p] = Simd::mul(v[p], scale);
+    }
+    if (e.bias) {
+        const Floats bias = load_lanes<kTail>(e.bias + channel, count);
+        for (int p = 0; p < kPixels; p++) v[p] = Simd::add(v[p], bias);
+    }
+    if (Link::kAny) {
+        gamma = load_lanes<kTail>(e.gamma + channel, count);
+        for (int p = 0; p < kPixels; p++) linked[p] = link.template at<kTail>(p, at, count);
+        if (!e.link_after_norm) add_link<kPixels>(linked, gamma, v);
+    }
+    normalize<kPixels, kTail>(e, channel, count, v);
+    if (Link::kAny && e.link_after_norm) add_link<kPixels>(linked, gamma, v);
+    if (place.residual && !e.residual_last) add_residual<kPixels, kTail>(place, at, count, v);
+    activate<kPixels, kTail>(e, channel, count, v);
+    if (place.residual && e.residual_last) add_residual<kPixels, kTail>(place, at, count, v);
+    for (int p = 0; p < kPixels; p++)
+        store_lanes<kTail>(place.out + p * place.outputs + at, v[p], count);
+}
+
+// Some pixels, each with all its channels: memory is read and written in long runs, and what a
+// channel has for all pixels is read once.
+template <int kPixels, class Link>
+static inline void finish_pixels(const el_epilogue &e, const Run &run, Link *link, Place *place) {
+    int at = 0;
+    for (; at + Simd::kFloats <= run.channels; at += Simd::kFloats)
+        finish<kPixels, false>(e, run, *link, at, *place);
+    if (at < run.channels) finish<kPixels, true>(e, run, *link, at, *place);
+    link->skip(kPixels);
+    place->sums += kPixels * place->width;
+    place->out += kPixels * place->outputs;
+    if (place->residual) place->residual += kPixels * place->outputs;
+}
+
 template <class Link>
 static void finish_run(const Work &work, const Run &run, Link link) {
     const el_epilogue e = *work.epilogue;  // a copy: no store to the output can change it
-    const ptrdiff_t outputs = work.conv->shape.out_channels, width = work.conv->padded_out;
+    const ptrdiff_t outputs = work.conv->shape.out_channels;
     const ptrdiff_t from = run.pixel * outputs + run.channel;
-    const float *residual = work.call->residual ? work.call->residual + from : nullptr;
-    float *out = work.call->output + from;
-    const uint16_t *sums = run.sums;
-    for (int p = 0; p < run.count; p++, sums += width, out += outputs, link.next()) {
-        int at = 0;
-        for (; at + Simd::kFloats <= run.channels; at += Simd::kFloats)
-            finish<false>(e, run, link, at, sums, residual, out);
-        if (at < run.channels) finish<true>(e, run, link, at, sums, residual, out);
-        if (residual) residual += outputs;
-    }
+    Place place = {run.sums, work.call->residual ? work.call->residual + from : nullptr,
+                   work.call->output + from, work.conv->padded_out, outputs};
+    int p = 0;
+    for (; p + 4 <= run.count; p += 4) finish_pixels<4>(e, run, &link, &place);
+    for (; p < run.count; p++) finish_pixels<1>(e, run, &link, &place);
 }
 
 // Channels brought to the output's number: out[i] for output channels from `channel` on.

@@ -7,7 +7,8 @@ static inline void pool_columns(const el_epilogue &e, const el_pool &pool, const
     Simd::Floats best = Simd::set(0);
     for (int64_t x = begin; x < end; x++) {
         Simd::Floats v = load_lanes<kTail>(row + x * pool.channels + channel, count);
-        v = activate<kTail>(e, normalize<kTail>(e, v, channel, count), channel, count);
+        normalize<1, kTail>(e, channel, count, &v);
+        activate<1, kTail>(e, channel, count, &v);
         best = x == begin ? v : Simd::larger(best, v);
     }
     store_lanes<kTail>(out + channel, best, count);

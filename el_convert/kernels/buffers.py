@@ -1,0 +1,118 @@
+"""Memory of feature maps that nobody reads any more, for the next ones.
+
+Fresh memory is handed out page by page, each cleared by the operating system at its first touch: for
+large maps that takes longer than computing them.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+_SMALL = 1 << 14  # floats; less is quickly had
+_SPARE = 8  # a map takes at least this part of its block
+_MOST = 16  # blocks; a caller that keeps every output gets fresh memory from then on
+_IDLE = 512  # maps handed out since a block was last wanted
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
+class _Block:
+    """Some memory, and a map of each size that it was used for."""
+
+    def __init__(self, size: tuple[int, ...]) -> None:
+        with torch.inference_mode(False):  # maps for both modes
+            map = _fresh(size)
+        self.floats = map.numel()
+        self.wanted = 0
+        self._maps = {size: map}
+        self._storage = map.untyped_storage()
+        self._handle = self._storage._cdata
+        self._place = map.data_ptr()
+
+    def idle(self) -> bool:
+        """Whether nothing outside uses it."""
+        count: int = _use_count(self._handle)  # type: ignore[misc]  # asked for where it exists
+        return count == len(self._maps) + 1
+
+    def moved(self) -> bool:
+        """Whether a user of a map resized it or moved it to memory shared between processes."""
+        return self._storage.data_ptr() != self._place
+
+    def map(self, size: tuple[int, ...]) -> Tensor:
+        known = self._maps.get(size)
+        if known is None:
+            with torch.inference_mode(False):
+                known = torch.empty(0).set_(self._storage, 0, size, _strides(size))  # type: ignore[call-overload]
+            self._maps[size] = known
+        return known.detach()
+
+
+class MapPool(threading.local):
+    """Gives out float32 maps, of memory that it gave out before where no tensor uses that any more.
+
+    What was used last comes first: it is still in the caches. Each thread has its own memory, and
+    it is gone with the pool.
+
+    Example:
+        >>> pool = MapPool()
+        >>> first = pool.take(1, 8, 64, 64)
+        >>> place = first.data_ptr()
+        >>> del first
+        >>> pool.take(1, 8, 64, 64).data_ptr() == place
+        True
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[_Block] = []
+        self._taken = 0
+
+    def take(self, *size: int) -> Tensor:
+        """Memory for (N, C, H, W), channels_last, its values undefined."""
+        floats = size[0] * size[1] * size[2] * size[3]
+        if floats < _SMALL or _use_count is None:
+            return _fresh(size)
+        self._taken += 1
+        blocks = self._blocks
+        for index, block in enumerate(blocks):
+            if floats <= block.floats <= floats * _SPARE and block.idle():
+                del blocks[index]
+                if not block.moved():
+                    return self._give(block, size)
+                break
+        self._blocks = [b for b in self._blocks if b.wanted > self._taken - _IDLE]
+        if len(self._blocks) >= _MOST:
+            return _fresh(size)
+        return self._give(_Block(size), size)
+
+    def _give(self, block: _Block, size: tuple[int, ...]) -> Tensor:
+        block.wanted = self._taken
+        self._blocks.insert(0, block)
+        return block.map(size)
+
+
+def _strides(size: tuple[int, ...]) -> tuple[int, int, int, int]:
+    _, channels, height, width = size
+    return height * width * channels, 1, width * channels, channels
+
+
+def _fresh(size: tuple[int, ...]) -> Tensor:
+    """As the engine writes it, whatever torch's defaults are."""
+    return torch.empty(size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+
+
+_shared: weakref.ReferenceType[MapPool] | None = None
+_lock = threading.Lock()
+
+
+def shared_pool() -> MapPool:
+    """The pool of all packed layers; its memory is given back with the last of them."""
+    global _shared
+    with _lock:
+        pool = None if _shared is None else _shared()
+        if pool is None:
+            pool = MapPool()
+            _shared = weakref.ref(pool)
+        return pool
