@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+from operator import is_
 from typing import Any, Protocol
 
 import torch
@@ -66,7 +66,7 @@ class _Prepared:
         """Whether it is for this size, and no tensor was exchanged or changed since."""
         return (
             self.size == size[2:]
-            and all(map(operator.is_, self.sources, sources))
+            and all(map(is_, self.sources, sources))
             and self.marks.hold(self.tensors)
         )
 
@@ -98,7 +98,7 @@ class FastPath:
                 return None
         residual = tail.residual
         if residual is not None:
-            if residual.shape != (size[0], *prepared.output) or not plain_map(residual):
+            if residual.shape != (size[0], *prepared.output) or not _float_map(residual):
                 return None
             residual = residual.contiguous(memory_format=_LAST)
         given = input
@@ -146,17 +146,24 @@ def _floats(sources: tuple[Any, ...]) -> bool:
 def plain_map(input: Tensor, channels: int | None = None) -> bool:
     """Whether it is an ordinary float32 feature map on the CPU, outside of any tracing."""
     return (
-        type(input) is Tensor
+        _float_map(input)
         and not torch.compiler.is_compiling()
         and not torch._C._is_tracing()
-        and input.dtype is torch.float32
-        and input.is_cpu
         and input.dim() == 4
         and (channels is None or input.shape[1] == channels)
         and input.numel() > 0
-        and not input.is_neg()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _float_map(input: Tensor) -> bool:
+    """Whether the engine can read its memory."""
+    return (
+        type(input) is Tensor
+        and input.dtype is torch.float32
+        and input.is_cpu
+        and not input.is_neg()
     )
 
 

@@ -13,41 +13,35 @@ import torch
 from torch import Tensor
 
 _SMALL = 1 << 14  # floats; less is quickly had
-_SPARE = 8  # a map takes at least this part of its block
+_SPARE = 2  # times what a map needs, its block may have
 _MOST = 16  # blocks; a caller that keeps every output gets fresh memory from then on
 _IDLE = 512  # maps handed out since a block was last wanted
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
 class _Block:
-    """Some memory, and a map of each size that it was used for."""
+    """Some memory, which maps of several sizes use one after the other."""
 
-    def __init__(self, size: tuple[int, ...]) -> None:
-        with torch.inference_mode(False):  # maps for both modes
-            map = _fresh(size)
-        self.floats = map.numel()
+    def __init__(self, floats: int) -> None:
+        self.floats = floats
         self.wanted = 0
-        self._maps = {size: map}
-        self._storage = map.untyped_storage()
+        self._storage = torch.UntypedStorage(4 * floats, device="cpu")
         self._handle = self._storage._cdata
-        self._place = map.data_ptr()
+        self._place = self._storage.data_ptr()
 
     def idle(self) -> bool:
-        """Whether nothing outside uses it."""
+        """Whether no tensor uses it."""
         count: int = _use_count(self._handle)  # type: ignore[misc]  # asked for where it exists
-        return count == len(self._maps) + 1
+        return count == 1
 
     def moved(self) -> bool:
         """Whether a user of a map resized it or moved it to memory shared between processes."""
         return self._storage.data_ptr() != self._place
 
     def map(self, size: tuple[int, ...]) -> Tensor:
-        known = self._maps.get(size)
-        if known is None:
-            with torch.inference_mode(False):
-                known = torch.empty(0).set_(self._storage, 0, size, _strides(size))  # type: ignore[call-overload]
-            self._maps[size] = known
-        return known.detach()
+        """A tensor of its own, with no relation to those that used the memory before."""
+        empty = torch.empty(0, dtype=torch.float32, device="cpu")
+        return empty.set_(self._storage, 0, size, _strides(size))  # type: ignore[call-overload, no-any-return]
 
 
 class MapPool(threading.local):
@@ -75,22 +69,26 @@ class MapPool(threading.local):
         if floats < _SMALL or _use_count is None:
             return _fresh(size)
         self._taken += 1
-        blocks = self._blocks
-        for index, block in enumerate(blocks):
-            if floats <= block.floats <= floats * _SPARE and block.idle():
-                del blocks[index]
-                if not block.moved():
-                    return self._give(block, size)
-                break
-        self._blocks = [b for b in self._blocks if b.wanted > self._taken - _IDLE]
-        if len(self._blocks) >= _MOST:
-            return _fresh(size)
-        return self._give(_Block(size), size)
-
-    def _give(self, block: _Block, size: tuple[int, ...]) -> Tensor:
+        block = self._best(floats)
+        if block is None:
+            self._blocks = [b for b in self._blocks if b.wanted > self._taken - _IDLE]
+            if len(self._blocks) >= _MOST:
+                return _fresh(size)
+            block = _Block(floats)
         block.wanted = self._taken
         self._blocks.insert(0, block)
         return block.map(size)
+
+    def _best(self, floats: int) -> _Block | None:
+        """The smallest idle block, of these the last wanted, out of the list."""
+        best, smallest = None, floats * _SPARE + 1
+        for block in self._blocks:
+            if floats <= block.floats < smallest and block.idle():
+                best, smallest = block, block.floats
+        if best is None:
+            return None
+        self._blocks.remove(best)
+        return None if best.moved() else best
 
 
 def _strides(size: tuple[int, ...]) -> tuple[int, int, int, int]:

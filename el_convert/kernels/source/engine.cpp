@@ -9,16 +9,15 @@ const Tables kTables;
 
 namespace {
 
-int ones(int bits) {
-    int count = 0;
-    for (; bits; bits >>= 1) count += bits & 1;
-    return count;
+int ones(int nibble) {
+    return (nibble & 1) + (nibble >> 1 & 1) + (nibble >> 2 & 1) + (nibble >> 3 & 1);
 }
 
-const Isa *const kIsas[] = {&kAvx512Vbmi, &kAvx512, &kAvx2, &kNeon, &kPortable};
+const Isa *const kIsas[] = {&kAvx512Vpopcntdq, &kAvx512, &kAvx2, &kNeon, &kPortable};
 const int kIsaCount = 5;
 const int kNarrow = 32;  // output channels that fill half of the widest vector
 const int64_t kStripBytes = 128 * 1024;  // of scratch: well inside a second-level cache
+const size_t kKeptBytes = 1024 * 1024;   // of scratch, by each thread
 
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
 Parallel parallel = nullptr;
@@ -47,10 +46,17 @@ bool bad_shape(const el_geometry &g) {
 
 int padded(int channels, int block) { return (channels + block - 1) / block * block; }
 
-// Both nibbles of each byte are counted where 4 channels are.
-int units_of(const Convolution &conv) {
-    const int channels = conv.isa->lookup.channels;
-    return channels == 4 ? 2 * conv.pixel_bytes : (conv.group_in + channels - 1) / channels;
+// How the bytes that an output pixel sees lie in the map.
+void lay_out(Convolution *conv) {
+    const el_geometry &g = conv->shape;
+    const Counting &counting = conv->isa->counting;
+    conv->pixel_bytes = (conv->group_in + 7) / 8;
+    conv->units = conv->pixel_bytes * 8 / counting.channels;
+    conv->taps = g.kernel_h * g.kernel_w;
+    const bool joined = g.dilation_w == 1;
+    conv->run = joined ? g.kernel_w * conv->units : conv->units;
+    conv->runs = joined ? g.kernel_h : conv->taps;
+    conv->depth = conv->runs * ((conv->run + counting.gather - 1) / counting.gather);
 }
 
 void choose_block(Convolution *conv) {
@@ -64,23 +70,21 @@ void choose_block(Convolution *conv) {
     conv->plane = conv->padded_out * (conv->depthwise ? 1 : conv->shape.groups);
 }
 
-// Cuts each run of lookups into pieces that byte counters hold, of equal length where possible.
+// Cuts each run into pieces that byte counters hold, of equal length where possible.
 int cut_chunks(const Convolution &conv, Chunk *chunks) {
     const el_geometry &g = conv.shape;
-    const bool joined = g.dilation_w == 1;
-    const Lookup &lookup = conv.isa->lookup;
-    const int run = joined ? g.kernel_w * conv.units : conv.units;
-    const int pieces = (run + lookup.most - 1) / lookup.most;
-    const int length = padded((run + pieces - 1) / pieces, lookup.multiple);
+    const Counting &counting = conv.isa->counting;
+    const int pieces = (conv.run + counting.most - 1) / counting.most;
+    const int length = padded((conv.run + pieces - 1) / pieces, counting.multiple);
+    const int columns = conv.runs / g.kernel_h;  // runs of a row: one, unless taps lie apart
     int count = 0;
-    for (int y = 0; y < g.kernel_h; y++)
-        for (int x = 0; x < (joined ? 1 : g.kernel_w); x++)
-            for (int at = 0; at < run; at += length, count++) {
-                if (!chunks) continue;
-                chunks[count].row = y * g.dilation_h;
-                chunks[count].start = x * g.dilation_w * conv.units + at;
-                chunks[count].length = length < run - at ? length : run - at;
-            }
+    for (int run = 0; run < conv.runs; run++)
+        for (int at = 0; at < conv.run; at += length, count++) {
+            if (!chunks) continue;
+            chunks[count].row = run / columns * g.dilation_h;
+            chunks[count].start = run % columns * g.dilation_w * conv.units + at;
+            chunks[count].length = length < conv.run - at ? length : conv.run - at;
+        }
     return count;
 }
 
@@ -90,11 +94,15 @@ void place_weight(Convolution *conv, int group, int m, int c, int t) {
         conv->weight[static_cast<size_t>(t) * conv->padded_out + group] = 1;
         return;
     }
-    const int block = m / conv->block, channels = conv->isa->lookup.channels;
-    const size_t row = static_cast<size_t>(group * conv->blocks + block) * conv->depth +
-                       static_cast<size_t>(t) * conv->units + c / channels;
-    const int lane = lane_of(m % conv->block, conv->isa->width);
-    conv->weight[row * conv->block + lane] |= static_cast<uint8_t>(1 << c % channels);
+    const Counting &counting = conv->isa->counting;
+    const int block = m / conv->block, taps = conv->taps / conv->runs;
+    const int byte = t % taps * conv->units + c / counting.channels;
+    const size_t step = static_cast<size_t>(group * conv->blocks + block) * conv->depth +
+                        static_cast<size_t>(t / taps) * (conv->depth / conv->runs) +
+                        byte / counting.gather;
+    const size_t lane = step * conv->block + counting.lane(m % conv->block);
+    conv->weight[lane * counting.gather + byte % counting.gather] |=
+        static_cast<uint8_t>(1 << c % counting.channels);
 }
 
 void place_weights(Convolution *conv, const uint8_t *bits) {
@@ -126,7 +134,8 @@ bool allocate(Convolution *conv) {
     const size_t rows = conv->depthwise
                             ? static_cast<size_t>(conv->taps)
                             : static_cast<size_t>(g.groups) * conv->blocks * conv->depth;
-    const size_t width = conv->depthwise ? conv->padded_out : conv->block;
+    const size_t width =
+        conv->depthwise ? conv->padded_out : conv->block * conv->isa->counting.gather;
     const size_t corners = static_cast<size_t>(g.kernel_h + 1) * (g.kernel_w + 1);
     conv->weight = static_cast<uint8_t *>(calloc(rows, width));
     conv->plus = static_cast<int32_t *>(calloc(corners * conv->plane, sizeof *conv->plus));
@@ -142,7 +151,7 @@ struct Strips {
     Strips(const Convolution &conv, const el_call &call) {
         const int64_t threads = max64(1, call.threads);
         const el_geometry &g = conv.shape;
-        const int pixels = conv.isa->lookup.pixels;
+        const int pixels = conv.isa->counting.pixels;
         int64_t bytes;
         if (conv.pointwise) {
             images = 1;
@@ -183,25 +192,55 @@ struct Shared {
     int failed;
 };
 
+// A thread's scratch memory, kept from call to call: fresh memory would cost page faults.
+class OwnMemory {
+  public:
+    OwnMemory() : memory_(nullptr), size_(0) {}
+    ~OwnMemory() { free(memory_); }
+
+    // On a line of the cache; null where there is no memory.
+    uint8_t *at_least(size_t bytes) {
+        if (size_ < bytes + 64) {
+            free(memory_);
+            memory_ = static_cast<uint8_t *>(malloc(bytes + 64));
+            size_ = memory_ ? bytes + 64 : 0;
+        }
+        return memory_ ? memory_ + (64 - reinterpret_cast<uintptr_t>(memory_) % 64) : nullptr;
+    }
+
+    // What is uncommonly large is not kept.
+    void give_back() {
+        if (size_ <= kKeptBytes) return;
+        free(memory_);
+        memory_ = nullptr;
+        size_ = 0;
+    }
+
+  private:
+    uint8_t *memory_;
+    size_t size_;
+};
+
+thread_local OwnMemory own_memory;
+
 void work_through(void *data) {
     Shared *shared = static_cast<Shared *>(data);
     const Convolution &conv = *shared->work.conv;
     // The first strip is the largest.
     const Strip first = shared->strips->at(0, conv.pointwise);
     const size_t bytes = scratch_layout(conv, first).total;
-    uint8_t *memory = static_cast<uint8_t *>(malloc(bytes + 64));
-    if (!memory) {
+    uint8_t *scratch = own_memory.at_least(bytes);
+    if (!scratch) {
         __atomic_store_n(&shared->failed, 1, __ATOMIC_RELAXED);
         return;
     }
-    uint8_t *scratch = memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64);
     const int64_t count = shared->strips->count();
     for (;;) {
         const int64_t index = __atomic_fetch_add(&shared->next, 1, __ATOMIC_RELAXED);
         if (index >= count) break;
         conv.isa->strip(shared->work, shared->strips->at(index, conv.pointwise), scratch);
     }
-    free(memory);
+    own_memory.give_back();
 }
 
 struct SharedPool {
@@ -237,18 +276,15 @@ void pool_through(void *data) {
 Tables::Tables() {
     for (int pair = 0; pair < 256; pair++)
         for (int weights = 0; weights < 16; weights++)
-            four[pair][weights] = static_cast<uint8_t>(ones((pair & 15) ^ weights) |
-                                                       ones((pair >> 4) ^ weights) << 4);
-    for (int signs = 0; signs < 64; signs++)
-        for (int weights = 0; weights < 64; weights++)
-            six[signs][weights] = static_cast<uint8_t>(ones(signs ^ weights));
+            at[pair][weights] = static_cast<uint8_t>(ones((pair & 15) ^ weights) |
+                                                     ones((pair >> 4) ^ weights) << 4);
 }
 
 Scratch scratch_layout(const Convolution &conv, const Strip &strip) {
     const el_geometry &g = conv.shape;
     Scratch at = {};
     const int64_t rows = strip.row_end - strip.row_begin;
-    const int pixels = conv.depthwise ? 1 : conv.isa->lookup.pixels;
+    const int pixels = conv.depthwise ? 1 : conv.isa->counting.pixels;
     const int64_t width = whole(strip.end - strip.begin, pixels);
     size_t bits = 0, taps = 0;
     if (conv.pointwise) {
@@ -317,10 +353,7 @@ void *el_create(const el_geometry *geometry, const uint8_t *weight, const char *
     conv->pointwise = !depthwise && g.kernel_h == 1 && g.kernel_w == 1 && !padded;
     conv->group_in = g.in_channels / g.groups;
     conv->group_out = g.out_channels / g.groups;
-    conv->pixel_bytes = (conv->group_in + 7) / 8;
-    conv->units = units_of(*conv);
-    conv->taps = g.kernel_h * g.kernel_w;
-    conv->depth = conv->taps * conv->units;
+    lay_out(conv);
     choose_block(conv);
     if (!allocate(conv)) {
         el_destroy(conv);

@@ -15,7 +15,7 @@ namespace el {
 namespace {
 #include "simd_avx2.h"
 
-#include "lookup4.inl"
+#include "lookup.inl"
 #include "isa.inl"
 }  // namespace
 }  // namespace el
@@ -30,11 +30,11 @@ namespace el {
 static bool available() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
-const Isa kAvx2 = {"avx2", available, Simd::kBytes, Simd::kMaxBlock, kLookup, run_strip, pool_rows, peak};
+const Isa kAvx2 = {"avx2", available, Simd::kBytes, Simd::kMaxBlock, kCounting, run_strip, pool_rows, peak};
 }  // namespace el
 #else
 namespace el {
 static bool available() { return false; }
-const Isa kAvx2 = {"avx2", available, 0, 0, {}, nullptr, nullptr, nullptr};
+const Isa kAvx2 = {"avx2", available, 0, 0, {0, 0, 0, 0, 0, 0, nullptr}, nullptr, nullptr, nullptr};
 }  // namespace el
 #endif

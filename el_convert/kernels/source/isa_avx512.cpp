@@ -16,7 +16,7 @@ namespace {
 #include "simd_avx512.h"
 typedef Avx512 Simd;
 
-#include "lookup4.inl"
+#include "lookup.inl"
 #include "isa.inl"
 }  // namespace
 }  // namespace el
@@ -31,12 +31,12 @@ namespace el {
 static bool available() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
 }
-const Isa kAvx512 = {"avx512", available, Simd::kBytes, Simd::kMaxBlock, kLookup,
+const Isa kAvx512 = {"avx512", available, Simd::kBytes, Simd::kMaxBlock, kCounting,
                      run_strip, pool_rows, peak};
 }  // namespace el
 #else
 namespace el {
 static bool available() { return false; }
-const Isa kAvx512 = {"avx512", available, 0, 0, {}, nullptr, nullptr, nullptr};
+const Isa kAvx512 = {"avx512", available, 0, 0, {0, 0, 0, 0, 0, 0, nullptr}, nullptr, nullptr, nullptr};
 }  // namespace el
 #endif

@@ -7,16 +7,16 @@ namespace el {
 namespace {
 #include "simd_neon.h"
 
-#include "lookup4.inl"
+#include "lookup.inl"
 #include "isa.inl"
 }  // namespace
 
 static bool available() { return true; }
-const Isa kNeon = {"neon", available, Simd::kBytes, Simd::kMaxBlock, kLookup, run_strip, pool_rows, peak};
+const Isa kNeon = {"neon", available, Simd::kBytes, Simd::kMaxBlock, kCounting, run_strip, pool_rows, peak};
 }  // namespace el
 #else
 namespace el {
 static bool available() { return false; }
-const Isa kNeon = {"neon", available, 0, 0, {}, nullptr, nullptr, nullptr};
+const Isa kNeon = {"neon", available, 0, 0, {0, 0, 0, 0, 0, 0, nullptr}, nullptr, nullptr, nullptr};
 }  // namespace el
 #endif

@@ -4,11 +4,11 @@ namespace el {
 namespace {
 #include "simd_portable.h"
 
-#include "lookup4.inl"
+#include "lookup.inl"
 #include "isa.inl"
 }  // namespace
 
 static bool available() { return true; }
-const Isa kPortable = {"portable", available, Simd::kBytes, Simd::kMaxBlock, kLookup,
+const Isa kPortable = {"portable", available, Simd::kBytes, Simd::kMaxBlock, kCounting,
                        run_strip, pool_rows, peak};
 }  // namespace el

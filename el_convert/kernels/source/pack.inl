@@ -39,6 +39,7 @@ static void pack_pointwise(const Work &work, const Strip &strip, int group, cons
         }
     }
     memset(bits + count * bytes, 0, static_cast<size_t>(bytes));  // the last pair may be half
+    if (kPixels == 1) return fill_map(conv, bits, 0, at.columns, map);
     for (int64_t column = 0; column < at.columns; column++)
         fill_map(conv, bits + column * kPixels * bytes, 1, 1, map + column * conv.units);
 }

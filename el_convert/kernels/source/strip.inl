@@ -74,12 +74,14 @@ static void finish_rows(const Work &work, const Strip &strip, int group, const S
 }
 
 // How many chunks from `begin` on have weights that stay in the first-level cache together.
-static int slab_end(const Convolution &conv, int begin, int *depth) {
+static int slab_end(const Convolution &conv, int begin, ptrdiff_t *bytes) {
     int end = begin;
-    *depth = 0;
-    while (end < conv.chunk_count &&
-           (end == begin || (*depth + conv.chunks[end].length) * conv.block <= kLookup.slab_bytes))
-        *depth += conv.chunks[end++].length;
+    *bytes = 0;
+    for (; end < conv.chunk_count; end++) {
+        const ptrdiff_t own = whole(conv.chunks[end].length, kGather) * conv.block;
+        if (end > begin && *bytes + own > kCounting.slab_bytes) break;
+        *bytes += own;
+    }
     return end;
 }
 
@@ -92,19 +94,19 @@ static void count_block(const Convolution &conv, const Strip &strip, int block,
     uint16_t *sums = reinterpret_cast<uint16_t *>(scratch + at.sums) + block * conv.block;
     const ptrdiff_t stride = conv.padded_out;
     for (int begin = 0; begin < conv.chunk_count;) {
-        int depth;
-        const int end = slab_end(conv, begin, &depth);
+        ptrdiff_t bytes;
+        const int end = slab_end(conv, begin, &bytes);
         for (int64_t y = 0; y < rows; y++) {
             const uint8_t *map = scratch + at.map + y * conv.shape.stride_h * at.row_bytes;
             uint16_t *out = sums + y * columns * kPixels * stride;
             const Chunk *chunks = conv.chunks + begin;
             const bool wide = conv.block == Simd::kMaxBlock;
-            const int kWide = Simd::kMaxBlock / Simd::kBytes;
+            const int kWide = Simd::kMaxBlock / kOutputs;
             (wide ? tile_row<kWide> : tile_row<kWide / 2>)(map, step, at.row_bytes, columns, chunks,
                                                            end - begin, weight, out, stride,
                                                            begin == 0);
         }
-        weight += static_cast<size_t>(depth) * conv.block;
+        weight += bytes;
         begin = end;
     }
 }
@@ -160,7 +162,7 @@ static void run_strip(const Work &work, const Strip &strip, uint8_t *scratch) {
     const Scratch at = scratch_layout(conv, strip);
     if (conv.depthwise) return depthwise_strip(work, strip, at, scratch);
     const int64_t width = whole(strip.end - strip.begin, kPixels);
-    const size_t block_bytes = static_cast<size_t>(conv.depth) * conv.block;
+    const size_t block_bytes = static_cast<size_t>(conv.depth) * conv.block * kGather;
     for (int group = 0; group < conv.shape.groups; group++) {
         if (conv.pointwise) pack_pointwise(work, strip, group, at, scratch);
         else pack_rows(work, strip, group, at, scratch);
@@ -173,24 +175,23 @@ static void run_strip(const Work &work, const Strip &strip, uint8_t *scratch) {
 }
 
 static double peak(int rounds) {
-    enum { kDepth = 42, kRepeats = 64, kBytes = kPeakChunks * kDepth };
-    static const Chunk chunks[2] = {{0, 0, kDepth}, {0, kDepth, kDepth}};
-    alignas(64) static uint8_t map[kTile * kBytes], weight[kBytes * Simd::kMaxBlock];
+    enum { kRepeats = 64 };
+    static const Chunk chunk = {0, 0, kPeakBytes};
+    alignas(64) static uint8_t map[kTile * kPeakBytes], weight[kPeakBytes * Simd::kMaxBlock];
     alignas(64) uint16_t sums[kTile * kPixels * Simd::kMaxBlock];
-    const int most = (1 << kChannels) - 1;
-    for (int i = 0; i < kTile * kBytes; i++)
-        map[i] = static_cast<uint8_t>(i * 37 & ((1 << kChannels * kPixels) - 1));
-    for (int i = 0; i < kBytes * Simd::kMaxBlock; i++) weight[i] = i * 7 & most;
+    for (int i = 0; i < kTile * kPeakBytes; i++) map[i] = static_cast<uint8_t>(i * 37);
+    for (int i = 0; i < kPeakBytes * Simd::kMaxBlock; i++)
+        weight[i] = i * 7 & ((1 << kChannels) - 1);
     double best = 0;
     for (int round = 0; round < rounds; round++) {
         const double start = seconds();
         for (int i = 0; i < kRepeats; i++) {
-            tile<kTile, Simd::kMaxBlock / Simd::kBytes>(map, kBytes, 0, chunks, kPeakChunks, weight,
-                                                        sums, Simd::kMaxBlock, true);
+            tile<kTile, Simd::kMaxBlock / kOutputs>(map, kPeakBytes, 0, &chunk, 1, weight, sums,
+                                                    Simd::kMaxBlock, true);
             __asm__ volatile("" : : "g"(map), "g"(weight), "g"(sums) : "memory");
         }
         const double spent = seconds() - start;
-        const int count = kChannels * kPixels * kTile * kBytes * Simd::kMaxBlock * kRepeats;
+        const int count = kChannels * kPixels * kTile * kPeakBytes * Simd::kMaxBlock * kRepeats;
         const double rate = count / spent;
         if (rate > best) best = rate;
     }

@@ -6,17 +6,17 @@
 // For this file alone, so that the rest runs on any machine of the architecture.
 #if defined(__clang__)
 #pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512vbmi,avx2,fma,bmi2"))), apply_to = function)
+    __attribute__((target("avx512f,avx512bw,avx512vpopcntdq,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vbmi,avx2,fma,bmi2")
+#pragma GCC target("avx512f,avx512bw,avx512vpopcntdq,avx2,fma")
 #endif
 
 namespace el {
 namespace {
-#include "simd_avx512vbmi.h"
+#include "simd_avx512vpopcntdq.h"
 
-#include "lookup6.inl"
+#include "popcount.inl"
 #include "isa.inl"
 }  // namespace
 }  // namespace el
@@ -30,14 +30,14 @@ namespace {
 namespace el {
 static bool available() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("bmi2");
+           __builtin_cpu_supports("avx512vpopcntdq");
 }
-const Isa kAvx512Vbmi = {"avx512vbmi", available, Simd::kBytes, Simd::kMaxBlock, kLookup,
-                         run_strip, pool_rows, peak};
+const Isa kAvx512Vpopcntdq = {"avx512vpopcntdq", available, Simd::kBytes, Simd::kMaxBlock, kCounting,
+                              run_strip, pool_rows, peak};
 }  // namespace el
 #else
 namespace el {
 static bool available() { return false; }
-const Isa kAvx512Vbmi = {"avx512vbmi", available, 0, 0, {}, nullptr, nullptr, nullptr};
+const Isa kAvx512Vpopcntdq = {"avx512vpopcntdq", available, 0, 0, {0, 0, 0, 0, 0, 0, nullptr}, nullptr, nullptr, nullptr};
 }  // namespace el
 #endif

@@ -1,14 +1,23 @@
-// The inner loop: counting disagreeing signs by lookups in tables of 16 bytes. Included once per
-// instruction set that has no larger ones.
+// The inner loop: counting disagreeing signs by table lookup. Included once per instruction set
+// that has nothing better.
 //
 // A byte of the map holds 4 channels of two output pixels. It selects one of 256 tables of 16
 // bytes, each holding, for every possible nibble of weights, how many of the 4 signs disagree: for
 // the first pixel in the low half of the byte, for the second in the high half. The weights of
 // many output channels are the index of one vector lookup.
 
-enum { kChannels = 4, kPixels = 2, kTile = 2, kPeakChunks = 1 };
+enum { kChannels = 4, kPixels = 2, kGather = 1, kOutputs = Simd::kBytes, kTile = 2 };
+enum { kPeakBytes = 48 };
+
+// Widening bytes to 16 bits by interleaving gives the channels in order.
+static int lookup_lane(int index) {
+    const int vector = index / Simd::kBytes, inside = index % Simd::kBytes;
+    const int half = Simd::kBytes / 2, part = inside % half;
+    return vector * Simd::kBytes + part / 8 * 16 + part % 8 + (inside < half ? 0 : 8);
+}
+
 // A counter holds 63 times 4; half of a first-level cache of 32 KB holds the weights.
-const Lookup kLookup = {kChannels, kPixels, 63, 3, 16384};
+const Counting kCounting = {kChannels, kPixels, kGather, 63, 3, 16384, lookup_lane};
 
 // Columns of the map: byte k of each is nibble k of one pixel below nibble k of another, `partner`
 // pixels to the right.
@@ -40,9 +49,9 @@ static inline void tile(const uint8_t *map, ptrdiff_t pair_step, ptrdiff_t row_b
         for (; k + 3 <= chunk->length; k += 3, weight += 3 * block) {
             for (int p = 0; p < kPairs; p++) {
                 const uint8_t *pair = from + p * pair_step + k;
-                const Bytes t0 = Simd::table(kTables.four[pair[0]]);
-                const Bytes t1 = Simd::table(kTables.four[pair[1]]);
-                const Bytes t2 = Simd::table(kTables.four[pair[2]]);
+                const Bytes t0 = Simd::table(kTables.at[pair[0]]);
+                const Bytes t1 = Simd::table(kTables.at[pair[1]]);
+                const Bytes t2 = Simd::table(kTables.at[pair[2]]);
                 for (int v = 0; v < kVectors; v++) {
                     const uint8_t *w = weight + v * Simd::kBytes;
                     const Bytes counts =
@@ -56,7 +65,7 @@ static inline void tile(const uint8_t *map, ptrdiff_t pair_step, ptrdiff_t row_b
         }
         for (; k < chunk->length; k++, weight += block)
             for (int p = 0; p < kPairs; p++) {
-                const Bytes t = Simd::table(kTables.four[from[p * pair_step + k]]);
+                const Bytes t = Simd::table(kTables.at[from[p * pair_step + k]]);
                 for (int v = 0; v < kVectors; v++) {
                     const Bytes counts = Simd::lookup(t, Simd::load(weight + v * Simd::kBytes));
                     both[p][v] = Simd::add(both[p][v], counts);
