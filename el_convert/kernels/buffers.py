@@ -1,7 +1,7 @@
 """Memory of feature maps that nobody reads any more, for the next ones.
 
-Fresh memory is handed out page by page, each cleared by the operating system at its first touch: for
-large maps that takes longer than computing them.
+Fresh memory is handed out page by page, each cleared by the operating system at its first touch:
+for large maps that takes longer than computing them.
 """
 
 from __future__ import annotations

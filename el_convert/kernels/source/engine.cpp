@@ -1,6 +1,7 @@
 // Preparing convolutions, cutting calls into strips, and sharing these among threads.
 #include "engine.h"
 
+#include "memory.h"
 #include "system.h"
 
 namespace el {
@@ -17,19 +18,22 @@ const Isa *const kIsas[] = {&kAvx512Vpopcntdq, &kAvx512, &kAvx2, &kNeon, &kPorta
 const int kIsaCount = 5;
 const int kNarrow = 32;  // output channels that fill half of the widest vector
 const int64_t kStripBytes = 128 * 1024;  // of scratch: well inside a second-level cache
-const size_t kKeptBytes = 1024 * 1024;   // of scratch, by each thread
 
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
 Parallel parallel = nullptr;
 
-const Isa *find_isa(const char *name, int outputs) {
-    const Isa *best = nullptr;
-    for (int i = 0; i < kIsaCount; i++) {
-        if (!kIsas[i]->available() || (name && strcmp(name, kIsas[i]->name))) continue;
-        if (!best) best = kIsas[i];
-        if (best->width == 64 && kIsas[i] == &kAvx2 && outputs <= kNarrow) best = kIsas[i];
-    }
-    return best;
+const Isa *find_isa(const char *name) {
+    for (int i = 0; i < kIsaCount; i++)
+        if (kIsas[i]->available() && (!name || !strcmp(name, kIsas[i]->name))) return kIsas[i];
+    return nullptr;
+}
+
+// The best for a convolution's outputs, where none is asked for by name.
+const Isa *choose_isa(const char *name, int outputs, bool depthwise) {
+    const Isa *best = find_isa(name);
+    if (name || !best || best->width < 64 || outputs > kNarrow) return best;
+    const bool narrow = depthwise ? outputs > kNarrow / 2 : best->max_block / 2 > kNarrow;
+    return narrow && kAvx2.available() ? &kAvx2 : best;
 }
 
 bool bad_shape(const el_geometry &g) {
@@ -192,37 +196,6 @@ struct Shared {
     int failed;
 };
 
-// A thread's scratch memory, kept from call to call: fresh memory would cost page faults.
-class OwnMemory {
-  public:
-    OwnMemory() : memory_(nullptr), size_(0) {}
-    ~OwnMemory() { free(memory_); }
-
-    // On a line of the cache; null where there is no memory.
-    uint8_t *at_least(size_t bytes) {
-        if (size_ < bytes + 64) {
-            free(memory_);
-            memory_ = static_cast<uint8_t *>(malloc(bytes + 64));
-            size_ = memory_ ? bytes + 64 : 0;
-        }
-        return memory_ ? memory_ + (64 - reinterpret_cast<uintptr_t>(memory_) % 64) : nullptr;
-    }
-
-    // What is uncommonly large is not kept.
-    void give_back() {
-        if (size_ <= kKeptBytes) return;
-        free(memory_);
-        memory_ = nullptr;
-        size_ = 0;
-    }
-
-  private:
-    uint8_t *memory_;
-    size_t size_;
-};
-
-thread_local OwnMemory own_memory;
-
 void work_through(void *data) {
     Shared *shared = static_cast<Shared *>(data);
     const Convolution &conv = *shared->work.conv;
@@ -340,7 +313,8 @@ void *el_create(const el_geometry *geometry, const uint8_t *weight, const char *
     if (bad_shape(*geometry)) return nullptr;
     const el_geometry &g = *geometry;
     const bool depthwise = g.in_channels == g.groups && g.out_channels == g.groups;
-    const Isa *found = find_isa(isa, depthwise ? g.out_channels : g.out_channels / g.groups);
+    const int outputs = depthwise ? g.out_channels : g.out_channels / g.groups;
+    const Isa *found = choose_isa(isa, outputs, depthwise);
     Convolution *conv = static_cast<Convolution *>(calloc(1, sizeof(Convolution)));
     if (!found || !conv) {
         free(conv);
@@ -385,7 +359,7 @@ int el_run(const void *convolution, const el_epilogue *epilogue, const el_call *
 }
 
 int el_pool_run(const el_epilogue *epilogue, const el_pool *pool, const char *isa) {
-    const Isa *found = find_isa(isa, kNarrow + 1);
+    const Isa *found = find_isa(isa);
     if (!found) return -1;
     const int64_t threads = max64(1, min64(pool->threads, pool->batch * pool->out_height));
     const int64_t step = max64(1, (pool->batch * pool->out_height + threads - 1) / threads);
@@ -398,7 +372,7 @@ int el_pool_run(const el_epilogue *epilogue, const el_pool *pool, const char *is
 }
 
 double el_peak(const char *isa, int rounds) {
-    const Isa *found = find_isa(isa, kNarrow + 1);
+    const Isa *found = find_isa(isa);
     return found ? found->peak(rounds) : 0;
 }
 

@@ -1,5 +1,7 @@
 // From counts to the layer's output, one pass. Included once per instruction set.
 
+enum { kGroup = 4, kAheadFloats = 1024 };  // pixels at once; about a page
+
 // A run of pixels of one row that see the same padding, and one group's output channels.
 struct Run {
     const uint16_t *sums;  // [pixel][padded_out]
@@ -149,7 +151,16 @@ struct Place {
     const float *residual;  // or null
     float *out;
     ptrdiff_t width, outputs;  // from pixel to pixel: of sums; of the others
+    ptrdiff_t ahead;           // whole groups of pixels, to what is fetched into the cache
 };
+
+// Several rows at once are more than the processor follows by itself.
+static inline void fetch(const Place &place, float *out) {
+#if defined(__GNUC__)
+    __builtin_prefetch(out + place.ahead, 1);
+    if (place.residual) __builtin_prefetch(place.residual + (out - place.out) + place.ahead);
+#endif
+}
 
 template <int kPixels, bool kTail>
 static inline void add_residual(const Place &place, int at, int count, Simd::Floats *v) {
@@ -192,8 +203,11 @@ static inline void finish(const el_epilogue &e, const Run &run, const Link &link
     if (place.residual && !e.residual_last) add_residual<kPixels, kTail>(place, at, count, v);
     activate<kPixels, kTail>(e, channel, count, v);
     if (place.residual && e.residual_last) add_residual<kPixels, kTail>(place, at, count, v);
-    for (int p = 0; p < kPixels; p++)
-        store_lanes<kTail>(place.out + p * place.outputs + at, v[p], count);
+    for (int p = 0; p < kPixels; p++) {
+        float *out = place.out + p * place.outputs + at;
+        store_lanes<kTail>(out, v[p], count);
+        if (kPixels > 1) fetch(place, out);
+    }
 }
 
 // Some pixels, each with all its channels: memory is read and written in long runs, and what a
@@ -216,9 +230,10 @@ static void finish_run(const Work &work, const Run &run, Link link) {
     const ptrdiff_t outputs = work.conv->shape.out_channels;
     const ptrdiff_t from = run.pixel * outputs + run.channel;
     Place place = {run.sums, work.call->residual ? work.call->residual + from : nullptr,
-                   work.call->output + from, work.conv->padded_out, outputs};
+                   work.call->output + from, work.conv->padded_out, outputs,
+                   whole(kAheadFloats, kGroup * outputs)};
     int p = 0;
-    for (; p + 4 <= run.count; p += 4) finish_pixels<4>(e, run, &link, &place);
+    for (; p + kGroup <= run.count; p += kGroup) finish_pixels<kGroup>(e, run, &link, &place);
     for (; p < run.count; p++) finish_pixels<1>(e, run, &link, &place);
 }
 
