@@ -146,9 +146,9 @@ def _floats(sources: tuple[Any, ...]) -> bool:
 def plain_map(input: Tensor, channels: int | None = None) -> bool:
     """Whether it is an ordinary float32 feature map on the CPU, outside of any tracing."""
     return (
-        _float_map(input)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch._C._is_tracing()
+        and _float_map(input)
         and input.dim() == 4
         and (channels is None or input.shape[1] == channels)
         and input.numel() > 0

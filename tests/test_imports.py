@@ -45,7 +45,9 @@ ALLOWED_HEAVY = {
 }
 FILES = {path.stem: path for path in PACKAGE.glob("*.py")}
 KERNELS = {path.stem: path for path in (PACKAGE / "kernels").glob("*.py")}
-KERNEL_LAYERS = ("geometry", "version", "native", "reference", "operator", "__init__")
+KERNEL_LAYERS = (
+    "geometry", "version", "buffers", "native", "reference", "operator", "__init__",
+)  # fmt: skip
 MODULES = sorted({*FILES, "kernels"})
 
 

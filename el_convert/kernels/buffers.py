@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from sys import getrefcount
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ _SMALL = 1 << 14  # floats; less is quickly had
 _SPARE = 2  # times what a map needs, its block may have
 _MOST = 16  # blocks; a caller that keeps every output gets fresh memory from then on
 _IDLE = 512  # maps handed out since a block was last wanted
+_OWN_REFERENCES = 2  # a block's, and that of counting
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
@@ -25,14 +27,15 @@ class _Block:
     def __init__(self, floats: int) -> None:
         self.floats = floats
         self.wanted = 0
-        self._storage = torch.UntypedStorage(4 * floats, device="cpu")
+        self._storage = torch.UntypedStorage(4 * floats, device="cpu")  # type: ignore[no-untyped-call]
         self._handle = self._storage._cdata
         self._place = self._storage.data_ptr()
 
     def idle(self) -> bool:
-        """Whether no tensor uses it."""
+        """Whether nothing else uses it."""
         count: int = _use_count(self._handle)  # type: ignore[misc]  # asked for where it exists
-        return count == 1
+        # A tensor's storage is one Python object, which may outlive the tensor.
+        return count == 1 and getrefcount(self._storage) == _OWN_REFERENCES
 
     def moved(self) -> bool:
         """Whether a user of a map resized it or moved it to memory shared between processes."""
@@ -41,7 +44,7 @@ class _Block:
     def map(self, size: tuple[int, ...]) -> Tensor:
         """A tensor of its own, with no relation to those that used the memory before."""
         empty = torch.empty(0, dtype=torch.float32, device="cpu")
-        return empty.set_(self._storage, 0, size, _strides(size))  # type: ignore[call-overload, no-any-return]
+        return empty.set_(self._storage, 0, size, _strides(size))
 
 
 class MapPool(threading.local):

@@ -34,7 +34,8 @@ ABI = 4
 LINK_KINDS = ("none", "identity", "expand", "mean", "sum")
 ACTIVATION_KINDS = ("none", "clamp", "prelu")
 INSTRUCTION_SET_VARIABLE = "EL_CONVERT_ISA"
-"""Environment variable: "avx512vpopcntdq", "avx512", "avx2", "neon", "portable", or "none" for plain torch."""
+"""Environment variable: "avx512vpopcntdq", "avx512", "avx2", "neon", "portable"; or "none", for
+plain torch."""
 
 
 class _Geometry(Structure):

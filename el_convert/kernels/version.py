@@ -8,7 +8,6 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-
 _place = Tensor.data_ptr
 _version = attrgetter("_version")
 
