@@ -16,6 +16,10 @@ from el_convert.recipes import Recipe
 from el_convert.tail import Tail
 
 _LAST = torch.channels_last
+_is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_active = torch._C._are_functorch_transforms_active
 
 
 class PackedLayer(Protocol):
@@ -87,7 +91,7 @@ class FastPath:
 
     def run(self, layer: PackedLayer, input: Tensor, tail: Tail) -> Tensor | None:
         """The layer's output; None where the engine cannot give it."""
-        if not plain_map(input, layer.in_channels) or (_wants_gradient(input, tail)):
+        if not plain_map(input, layer.in_channels) or _wants_gradient(input, tail):
             return None
         sources = _sources(layer, tail)
         prepared = self._prepared
@@ -102,7 +106,8 @@ class FastPath:
                 return None
             residual = residual.contiguous(memory_format=_LAST)
         given = input
-        input = input.contiguous(memory_format=_LAST)
+        if not input.is_contiguous(memory_format=_LAST):
+            input = input.contiguous(memory_format=_LAST)
         link: Tensor | None = input
         if prepared.aligns and layer.link is not None:
             link = _aligned(layer.link, input, prepared.output[1:], prepared.epilogue.link)
@@ -145,15 +150,15 @@ def _floats(sources: tuple[Any, ...]) -> bool:
 
 def plain_map(input: Tensor, channels: int | None = None) -> bool:
     """Whether it is an ordinary float32 feature map on the CPU, outside of any tracing."""
+    if _is_compiling() or _is_tracing() or not _float_map(input):
+        return False
+    size = input.shape
     return (
-        not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
-        and _float_map(input)
-        and input.dim() == 4
-        and (channels is None or input.shape[1] == channels)
-        and input.numel() > 0
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
+        len(size) == 4
+        and (channels is None or size[1] == channels)
+        and 0 not in size
+        and not _dispatch_modes()
+        and not _functorch_active()
     )
 
 
@@ -168,9 +173,10 @@ def _float_map(input: Tensor) -> bool:
 
 
 def _wants_gradient(input: Tensor, tail: Tail) -> bool:
+    if not torch.is_grad_enabled():
+        return False
     residual = tail.residual
-    wanted = input.requires_grad or (residual is not None and residual.requires_grad)
-    return wanted and torch.is_grad_enabled()
+    return input.requires_grad or (residual is not None and residual.requires_grad)
 
 
 def _sources(layer: PackedLayer, tail: Tail) -> tuple[Any, ...]:

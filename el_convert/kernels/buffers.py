@@ -17,7 +17,6 @@ _SMALL = 1 << 14  # floats; less is quickly had
 _SPARE = 2  # times what a map needs, its block may have
 _MOST = 16  # blocks; a caller that keeps every output gets fresh memory from then on
 _IDLE = 512  # maps handed out since a block was last wanted
-_OWN_REFERENCES = 2  # a block's, and that of counting
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
@@ -30,21 +29,36 @@ class _Block:
         self._storage = torch.UntypedStorage(4 * floats, device="cpu")  # type: ignore[no-untyped-call]
         self._handle = self._storage._cdata
         self._place = self._storage.data_ptr()
+        self._maps: dict[tuple[int, ...], Tensor] = {}
+        self._idle = self._references()
+
+    def _references(self) -> tuple[int, int]:
+        """Of tensors, and to their storage, a Python object that may outlive them."""
+        return _use_count(self._handle), getrefcount(self._storage)  # type: ignore[misc]
 
     def idle(self) -> bool:
         """Whether nothing else uses it."""
-        count: int = _use_count(self._handle)  # type: ignore[misc]  # asked for where it exists
-        # A tensor's storage is one Python object, which may outlive the tensor.
-        return count == 1 and getrefcount(self._storage) == _OWN_REFERENCES
+        return self._references() == self._idle
 
     def moved(self) -> bool:
         """Whether a user of a map resized it or moved it to memory shared between processes."""
         return self._storage.data_ptr() != self._place
 
     def map(self, size: tuple[int, ...]) -> Tensor:
-        """A tensor of its own, with no relation to those that used the memory before."""
-        empty = torch.empty(0, dtype=torch.float32, device="cpu")
-        return empty.set_(self._storage, 0, size, _strides(size))
+        """A tensor of its own, with no relation to those that used the memory before.
+
+        Called only while the block is idle.
+        """
+        known = self._maps.get(size)
+        if known is None:
+            if len(self._maps) == _MOST:
+                self._maps.clear()
+            with torch.inference_mode(False):  # for both modes
+                empty = torch.empty(0, dtype=torch.float32, device="cpu")
+                known = empty.set_(self._storage, 0, size, _strides(size))
+            self._maps[size] = known
+            self._idle = self._references()
+        return known.data  # neither a view nor, as detach() makes them, of a fixed shape
 
 
 class MapPool(threading.local):

@@ -268,7 +268,8 @@ class NativeConv:
         self._handle = handle
         self.geometry = geometry
         self._output_size = cache(geometry.output_size)
-        self._maps = shared_pool()
+        self._channels = geometry.out_channels
+        self._take = shared_pool().take
 
     def __del__(self) -> None:
         self._library.el_destroy(self._handle)
@@ -296,7 +297,7 @@ class NativeConv:
             raise ValueError(f"the link {epilogue.link} needs a map to add")
         batch, _, height, width = input.shape
         out_height, out_width = self._output_size((height, width))
-        output = self._maps.take(batch, self.geometry.out_channels, out_height, out_width)
+        output = self._take(batch, self._channels, out_height, out_width)
         call = _Call(
             input.data_ptr(),
             None if link is None else link.data_ptr(),
