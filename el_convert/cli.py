@@ -337,7 +337,7 @@ def inspect(file: Path, as_json: bool) -> None:
     default="torch",
     show_default=True,
     help="What to compare with, separated by commas: torch, torch-compile, onnxruntime, "
-    "onnxruntime-int8, openvino. What is not installed is named and left out.",
+    "onnxruntime-int8, openvino, openvino-binary. What is not installed is named and left out.",
 )
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)

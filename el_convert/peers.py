@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from el_convert.errors import UnknownNameError, first_line
 from el_convert.kernels import ConvGeometry
+from el_convert.openvino_peer import openvino_binary_run, openvino_run
 
 Run = Callable[[], object]
 _OPSET, _IR_VERSION = 17, 8  # what every ONNX Runtime since 1.12 reads
@@ -210,16 +211,11 @@ def _session_run(model: Path | bytes, input: Tensor, threads: int, options: Any 
 
 
 def _openvino(work: Workload) -> Run:
-    openvino: Any = importlib.import_module("openvino")
-    # float32 also where the machine has something shorter, as the other peers.
-    options = {
-        "INFERENCE_NUM_THREADS": work.threads,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
-    }
-    compiled = openvino.Core().compile_model(str(_onnx_file(work)), "CPU", options)
-    request, feed = compiled.create_infer_request(), {0: work.input.contiguous().numpy()}
-    return lambda: request.infer(feed)
+    return openvino_run(_onnx_file(work), work.input.contiguous(), work.threads)
+
+
+def _openvino_binary(work: Workload) -> Run:
+    return openvino_binary_run(_onnx_file(work), work.input.contiguous(), work.threads)
 
 
 def _conv_attributes(geometry: ConvGeometry) -> dict[str, Any]:
@@ -327,7 +323,7 @@ def _onnx_conv_int8(work: ConvWorkload) -> Run:
     return _session_run(model, input, work.threads)
 
 
-_ONNX = ("onnxruntime", "onnx")
+_ONNX, _OPENVINO = ("onnxruntime", "onnx"), ("openvino", "onnx")
 PEERS = {
     peer.name: peer
     for peer in (
@@ -341,7 +337,8 @@ PEERS = {
             _onnxruntime_int8,
             _onnx_conv_int8,
         ),
-        Peer("openvino", "OpenVINO VERSION, float32", ("openvino", "onnx"), _openvino),
+        Peer("openvino", "OpenVINO VERSION, float32", _OPENVINO, _openvino),
+        Peer("openvino-binary", "OpenVINO VERSION, its 1-bit form", _OPENVINO, _openvino_binary),
     )
 }
 """Every peer, by name."""

@@ -18,7 +18,7 @@ LAYERS = (
     ("_version",),
     ("errors", "atomic"),
     ("functional", "recipes", "tracing", "catalog"),
-    ("calls", "kernels", "link"),
+    ("calls", "kernels", "link", "openvino_peer"),
     ("facts",),
     ("sites", "nn"),
     ("activations", "nn_timm", "tail"),
