@@ -7,15 +7,20 @@ two levels and weights are +1 and -1.
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _IMAGE_CHANNELS = 4  # as in a table's row `reads-image`; fewer do not compile to 1 bit
 _BINARY = "BinaryConvolution"
+_BIASES = {"Constant", "Reshape"}
 
 
 def openvino_run(file: Path, input: Tensor, threads: int) -> Callable[[], object]:
@@ -32,29 +37,61 @@ def openvino_run(file: Path, input: Tensor, threads: int) -> Callable[[], object
 def openvino_binary_run(file: Path, input: Tensor, threads: int) -> Callable[[], object]:
     """The same with 1-bit convolutions where OpenVINO has them.
 
-    Those of more than 4 input channels and without groups: inputs are quantized to 0 and 1, weights
-    to their signs, and the result is scaled. Where there is padding this is not what +1 and -1
-    would give, but the fastest that OpenVINO runs.
+    Those of more than 4 input channels, without groups, and on no shortcut: inputs are quantized to
+    0 and 1, weights to their signs, and the result is scaled. Where there is padding this is not
+    what +1 and -1 would give, but the fastest that OpenVINO runs.
 
     Raises:
-        RuntimeError: OpenVINO makes 1-bit convolutions of none.
+        RuntimeError: OpenVINO makes 1-bit convolutions of none, or does not survive them.
     """
+    # With some sums of two convolutions OpenVINO crashes, and with it the process.
+    call = f"from {__name__} import _try; _try({str(file)!r}, {tuple(input.shape)}, {threads})"
+    if subprocess.run([sys.executable, "-c", call], capture_output=True).returncode < 0:  # noqa: S603
+        raise RuntimeError("OpenVINO's 1-bit convolutions crash with this model")
+    return _runs(_compiled_binary(file, threads), input)
+
+
+def _try(file: str, shape: tuple[int, ...], threads: int) -> None:
+    compiled = _compiled_binary(Path(file), threads)
+    compiled.create_infer_request().infer({0: np.ones(shape, np.float32)})
+
+
+def _compiled_binary(file: Path, threads: int) -> Any:
     model = importlib.import_module("openvino").Core().read_model(str(file))
     binarize_convolutions(model)
     compiled = _compiled(model, threads)
     if _BINARY not in layer_types(compiled):
         raise RuntimeError("OpenVINO runs no convolution of this model at 1 bit on this machine")
-    return _runs(compiled, input)
+    return compiled
 
 
 def binarize_convolutions(model: Any) -> None:
     """Rewrite an `openvino.Model` in place."""
-    for node in model.get_ordered_ops():
-        if node.get_type_name() != "Convolution":
-            continue
+    convolutions = [n for n in model.get_ordered_ops() if n.get_type_name() == "Convolution"]
+    shortcuts = {n.get_friendly_name() for n in convolutions if _is_shortcut(n)}
+    for node in convolutions:
         weights = node.input_value(1).get_node()
-        if weights.get_type_name() == "Constant" and weights.data.shape[1] > _IMAGE_CHANNELS:
+        if weights.get_type_name() != "Constant" or node.get_friendly_name() in shortcuts:
+            continue
+        if weights.data.shape[1] > _IMAGE_CHANNELS:
             _binarize(node, weights.data)
+
+
+def _is_shortcut(node: Any) -> bool:
+    """Whether others read its input too, and its result, with a bias at most, goes into a sum."""
+    if len(node.input_value(0).get_target_inputs()) < 2:
+        return False
+    for _ in range(2):
+        inputs = node.output(0).get_target_inputs()
+        readers = [each.get_node() for each in inputs]
+        sums = [reader for reader in readers if reader.get_type_name() == "Add"]
+        if not sums or any(r.get_type_name() not in ("Add", "ShapeOf") for r in readers):
+            return False
+        terms = {value.get_node().get_type_name() for value in sums[0].input_values()}
+        if not terms & _BIASES:
+            return True
+        node = sums[0]
+    return False
 
 
 def _binarize(node: Any, weight: Any) -> None:
