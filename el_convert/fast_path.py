@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import is_
 from typing import Any, Protocol
 
 import torch
@@ -68,11 +67,10 @@ class _Prepared:
 
     def serves(self, sources: tuple[Any, ...], size: torch.Size) -> bool:
         """Whether it is for this size, and no tensor was exchanged or changed since."""
-        return (
-            self.size == size[2:]
-            and all(map(is_, self.sources, sources))
-            and self.marks.hold(self.tensors)
-        )
+        for known, source in zip(self.sources, sources, strict=True):
+            if known is not source:
+                return False
+        return self.size == size[2:] and self.marks.hold(self.tensors)
 
 
 class FastPath:

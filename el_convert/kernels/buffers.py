@@ -23,41 +23,39 @@ _use_count = getattr(torch._C, "_storage_Use_Count", None)
 class _Block:
     """Some memory, which maps of several sizes use one after the other."""
 
+    __slots__ = ("floats", "handle", "idle", "maps", "place", "storage", "wanted")
+
     def __init__(self, floats: int) -> None:
         self.floats = floats
         self.wanted = 0
-        self._storage = torch.UntypedStorage(4 * floats, device="cpu")  # type: ignore[no-untyped-call]
-        self._handle = self._storage._cdata
-        self._place = self._storage.data_ptr()
-        self._maps: dict[tuple[int, ...], Tensor] = {}
-        self._idle = self._references()
+        self.storage = torch.UntypedStorage(4 * floats, device="cpu")  # type: ignore[no-untyped-call]
+        self.handle = self.storage._cdata
+        self.place = self.storage.data_ptr()
+        self.maps: dict[tuple[int, ...], Tensor] = {}
+        self.idle = (0, 0)  # references while nothing else uses it
 
-    def _references(self) -> tuple[int, int]:
+    def references(self) -> tuple[int, int]:
         """Of tensors, and to their storage, a Python object that may outlive them."""
-        return _use_count(self._handle), getrefcount(self._storage)  # type: ignore[misc]
-
-    def idle(self) -> bool:
-        """Whether nothing else uses it."""
-        return self._references() == self._idle
+        return _use_count(self.handle), getrefcount(self.storage)  # type: ignore[misc]
 
     def moved(self) -> bool:
         """Whether a user of a map resized it or moved it to memory shared between processes."""
-        return self._storage.data_ptr() != self._place
+        return self.storage.data_ptr() != self.place
 
     def map(self, size: tuple[int, ...]) -> Tensor:
         """A tensor of its own, with no relation to those that used the memory before.
 
         Called only while the block is idle.
         """
-        known = self._maps.get(size)
+        known = self.maps.get(size)
         if known is None:
-            if len(self._maps) == _MOST:
-                self._maps.clear()
+            if len(self.maps) == _MOST:
+                self.maps.clear()
             with torch.inference_mode(False):  # for both modes
                 empty = torch.empty(0, dtype=torch.float32, device="cpu")
-                known = empty.set_(self._storage, 0, size, _strides(size))
-            self._maps[size] = known
-            self._idle = self._references()
+                known = empty.set_(self.storage, 0, size, _strides(size))
+            self.maps[size] = known
+            self.idle = self.references()
         return known.data  # neither a view nor, as detach() makes them, of a fixed shape
 
 
@@ -98,9 +96,14 @@ class MapPool(threading.local):
 
     def _best(self, floats: int) -> _Block | None:
         """The smallest idle block, of these the last wanted, out of the list."""
-        best, smallest = None, floats * _SPARE + 1
+        best, smallest, count = None, floats * _SPARE + 1, _use_count
         for block in self._blocks:
-            if floats <= block.floats < smallest and block.idle():
+            # `references`, without a call of it: this is run for every layer.
+            if (
+                floats <= block.floats < smallest
+                and count(block.handle) == block.idle[0]  # type: ignore[misc]
+                and getrefcount(block.storage) == block.idle[1]
+            ):
                 best, smallest = block, block.floats
         if best is None:
             return None
