@@ -116,9 +116,11 @@ def fold_norm(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None and variance is not None  # noqa: S101  # it is foldable
-    inverse = 1 / torch.sqrt(variance + norm.eps)
-    scale = inverse if norm.weight is None else inverse * norm.weight.detach()
-    bias = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach()
-    # In double precision and rounded once: the multiply-add of torch's kernel.
-    shift = bias.double() - mean.double() * scale.double()
-    return scale.detach(), shift.to(scale.dtype)
+    # Asked of torch's own kernel, whose inverse root is not rounded alike on every machine.
+    one, zero = torch.ones_like(mean)[None], torch.zeros_like(mean)
+    with torch.no_grad():
+        scale = F.batch_norm(one, zero, variance, norm.weight, None, False, 0.0, norm.eps)
+        shift = F.batch_norm(
+            zero[None], mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps
+        )
+    return scale[0], shift[0]
