@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -15,8 +16,16 @@ from torch import Tensor, nn
 
 from el_convert.atomic import replace_file
 from el_convert.convert import apply, conversion_of, copy_model, floating_dtype
-from el_convert.errors import CheckpointError, ElConvertError, UnknownNameError
+from el_convert.errors import CheckpointError, ConversionError, ElConvertError, UnknownNameError
 from el_convert.header import KEY, Header, geometry_of, parse_header, write_header
+from el_convert.limits import (
+    Allowance,
+    check_activations,
+    check_archive,
+    check_built,
+    check_size,
+    room_for,
+)
 from el_convert.packed import PackedConv
 from el_convert.packing import pack_layers
 from el_convert.patterns import find_pattern
@@ -129,7 +138,7 @@ def _describe(
 def _rebuild_problem(model: nn.Module, header: Header, source: Source) -> str:
     """Why the header would not give this model again; "" when it does."""
     try:
-        twin = _skeleton(source, header.dtype)
+        twin = _skeleton(source, header.dtype, room_for(model.state_dict()))
         twin = _replay(twin, header)
     except ElConvertError as error:
         return str(error)
@@ -176,8 +185,12 @@ def _setting(value: Any) -> str | None:
     return None if None in parts else f"({', '.join(map(str, parts))})"
 
 
-def _skeleton(source: Source, dtype: str) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
+def _skeleton(source: Source, dtype: str, room: int) -> nn.Module:
+    """Build the float model, in no more memory than `room`, which the tensors account for."""
+    with torch.random.fork_rng(devices=[]), Allowance(room):
+        if "img_size" in source.kwargs:  # tables of positions grow with its fourth power
+            with suppress(ConversionError), torch.device("meta"):
+                check_built(create(source), room)
         return create(source).to(getattr(torch, dtype))
 
 
@@ -216,6 +229,7 @@ def load(
     """
     header, state = read(path)
     try:
+        check_activations(header.conversion.activations, room_for(state))
         # A copy: a refusal must leave the user's model alone.
         twin = _checked_skeleton(header, state) if model is None else copy_model(model)
         twin = _replay(twin, header)
@@ -256,13 +270,23 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
     try:
         header = parse_header(text)
         check_tensors(state)
+        check_size(state, path)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return header, dict(state)
 
 
 def _read_pt(path: Path) -> tuple[Any, Any]:
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    check_archive(path)
+    # Mapped, as then no tensor can reach beyond the file, and none is read before it is wanted.
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "resize" not in str(error):  # torch's word where the file ends before a tensor does
+            raise
+        raise CheckpointError(
+            f"{path} is damaged, get it anew: a tensor claims more bytes than the file has"
+        ) from error
     if not isinstance(content, dict) or set(content) != {KEY, "state_dict"}:
         raise CheckpointError(f"{path} is no file of el_convert: it holds other things")
     return content[KEY], content["state_dict"]
@@ -287,7 +311,7 @@ def _checked_skeleton(header: Header, state: Mapping[str, Tensor]) -> nn.Module:
     rows = [value.shape[0] for value in state.values() if value.dim()]
     if classes and not any(count and count % classes == 0 for count in rows):
         raise CheckpointError(f"its header claims {classes} classes, its tensors do not")
-    return _skeleton(header.source, header.dtype)
+    return _skeleton(header.source, header.dtype, room_for(state))
 
 
 def _replay(model: nn.Module, header: Header) -> nn.Module:

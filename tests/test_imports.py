@@ -27,7 +27,7 @@ LAYERS = (
     ("convert",),
     ("graphs", "packed", "stem", "zoo"),
     ("fusion",),
-    ("header", "packing", "render", "state"),
+    ("header", "limits", "packing", "render", "state"),
     ("checkpoint", "report"),
     ("peers", "timings"),
     ("benchmark",),
