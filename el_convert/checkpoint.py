@@ -30,7 +30,7 @@ from el_convert.packed import PackedConv
 from el_convert.packing import pack_layers
 from el_convert.patterns import find_pattern
 from el_convert.planning import NORMS, Conversion
-from el_convert.state import check_tensors, difference, gather, restored, shapes
+from el_convert.state import check_tensors, difference, gather, pooled, restored, shapes
 from el_convert.tracing import is_convolution, join
 from el_convert.zoo import Source, create, find_source, input_spec, source_of
 
@@ -197,7 +197,7 @@ def _skeleton(source: Source, dtype: str, room: int) -> nn.Module:
 def _write(path: Path, suffix: str, header: str, state: dict[str, Tensor]) -> None:
     if suffix == ".pt":
         with path.open("wb") as stream:  # given a name, torch writes that into the file
-            torch.save({KEY: header, "state_dict": state}, stream)
+            torch.save({KEY: header, "state_dict": pooled(state)}, stream)
         return
     from safetensors.torch import save_file
 

@@ -105,7 +105,8 @@ def write_header(header: Header) -> str:
             "input": asdict(header.input),
             **({"functional": functional} if functional else {}),
             **({"stored": header.stored} if header.stored else {}),
-        }
+        },
+        separators=(",", ":"),
     )
 
 

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from el_convert.errors import CheckpointError
 
+_SMALL = 1 << 16  # bytes; a large tensor's record costs nothing beside it
+_PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int64)
+
 
 def gather(model: nn.Module, half: bool) -> dict[str, Tensor]:
     """A model's state_dict, on the CPU, contiguous, each tensor whole and stored once.
@@ -34,6 +37,25 @@ def gather(model: nn.Module, half: bool) -> dict[str, Tensor]:
             copies[place] = _halved(key, plain) if half and value.is_floating_point() else plain
         state[key] = copies[place]
     return state
+
+
+def pooled(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, small ones of a dtype in one storage; what is shared stays so.
+
+    In a `.pt` file each storage is a record of its own, with 180 bytes of names and padding.
+
+    Args:
+        state: contiguous tensors.
+    """
+    small = {id(v): v for v in state.values() if 0 < v.nbytes <= _SMALL and v.dtype in _PLAIN}
+    views: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(value.dtype for value in small.values()):
+        group = {key: value for key, value in small.items() if value.dtype == dtype}
+        pool = torch.cat([value.flatten() for value in group.values()])
+        parts = torch.split(pool, [value.numel() for value in group.values()])
+        for (key, value), part in zip(group.items(), parts, strict=True):
+            views[key] = part.view(value.shape)
+    return {name: views.get(id(value), value) for name, value in state.items()}
 
 
 def _halved(key: str, value: Tensor) -> Tensor:
