@@ -93,7 +93,7 @@ STEADY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_forward_needs_less_memory_than_the_float_model_s() -> None:
+def test_a_forward_needs_less_memory_than_the_float_model_s(tmp_path: Path) -> None:
     """Every tensor in the process, weights included, and what forwards add to them at most."""
     needs = {}
     for kind in ("float", "packed"):
@@ -102,6 +102,7 @@ def test_a_forward_needs_less_memory_than_the_float_model_s() -> None:
             capture_output=True,
             text=True,
             env={**os.environ, **STEADY},
+            cwd=tmp_path,  # what is installed, engine included, not the sources beside the tests
         )
         if "clear_refs" in run.stderr:
             pytest.skip("the peak cannot be reset here")
