@@ -18,7 +18,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-_IMAGE_CHANNELS = 4  # as in a table's row `reads-image`; fewer do not compile to 1 bit
+_MULTIPLE = 8  # of input channels: with others its 1-bit convolutions are wrong or do not compile
 _BINARY = "BinaryConvolution"
 _BIASES = {"Constant", "Reshape"}
 
@@ -37,9 +37,10 @@ def openvino_run(file: Path, input: Tensor, threads: int) -> Callable[[], object
 def openvino_binary_run(file: Path, input: Tensor, threads: int) -> Callable[[], object]:
     """The same with 1-bit convolutions where OpenVINO has them.
 
-    Those of more than 4 input channels, without groups, and on no shortcut: inputs are quantized to
-    0 and 1, weights to their signs, and the result is scaled. Where there is padding this is not
-    what +1 and -1 would give, but the fastest that OpenVINO runs.
+    Those whose input channels are a multiple of 8, without groups, and on no shortcut: inputs are
+    quantized to 0 and 1, weights to their signs, and the result is scaled. Where there is padding
+    this is not what +1 and -1 would give. It is not the fastest that OpenVINO can do: convolutions
+    that share an input stay in float.
 
     Raises:
         RuntimeError: OpenVINO makes 1-bit convolutions of none, or does not survive them.
@@ -73,7 +74,7 @@ def binarize_convolutions(model: Any) -> None:
         weights = node.input_value(1).get_node()
         if weights.get_type_name() != "Constant" or node.get_friendly_name() in shortcuts:
             continue
-        if weights.data.shape[1] > _IMAGE_CHANNELS:
+        if weights.data.shape[1] % _MULTIPLE == 0:
             _binarize(node, weights.data)
 
 
