@@ -229,9 +229,10 @@ def load(
     """
     header, state = read(path)
     try:
-        check_activations(header.conversion.activations, room_for(state))
+        room = room_for(state)
+        check_activations(header.conversion.activations, room)
         # A copy: a refusal must leave the user's model alone.
-        twin = _checked_skeleton(header, state) if model is None else copy_model(model)
+        twin = _checked_skeleton(header, state, room) if model is None else copy_model(model)
         twin = _replay(twin, header)
     except ElConvertError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -302,7 +303,7 @@ def _read_safe(path: Path) -> tuple[Any, Any]:
         return metadata[KEY], {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
 
 
-def _checked_skeleton(header: Header, state: Mapping[str, Tensor]) -> nn.Module:
+def _checked_skeleton(header: Header, state: Mapping[str, Tensor], room: int) -> nn.Module:
     """Build the skeleton, after making sure that the file holds as many classes as it claims."""
     if header.source is None:
         raise CheckpointError(f"the file does not say what its model is built from: use {_BRING}")
@@ -311,7 +312,7 @@ def _checked_skeleton(header: Header, state: Mapping[str, Tensor]) -> nn.Module:
     rows = [value.shape[0] for value in state.values() if value.dim()]
     if classes and not any(count and count % classes == 0 for count in rows):
         raise CheckpointError(f"its header claims {classes} classes, its tensors do not")
-    return _skeleton(header.source, header.dtype, room_for(state))
+    return _skeleton(header.source, header.dtype, room)
 
 
 def _replay(model: nn.Module, header: Header) -> nn.Module:

@@ -104,8 +104,7 @@ class FastPath:
                 return None
             residual = residual.contiguous(memory_format=_LAST)
         given = input
-        if not input.is_contiguous(memory_format=_LAST):
-            input = input.contiguous(memory_format=_LAST)
+        input = input.contiguous(memory_format=_LAST)
         link: Tensor | None = input
         if prepared.aligns and layer.link is not None:
             link = _aligned(layer.link, input, prepared.output[1:], prepared.epilogue.link)

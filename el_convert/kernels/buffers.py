@@ -15,7 +15,7 @@ from torch import Tensor
 
 _SMALL = 1 << 14  # floats; less is quickly had
 _SPARE = 2  # times what a map needs, its block may have
-_MOST = 16  # blocks; a caller that keeps every output gets fresh memory from then on
+_MOST = 16  # blocks, and sizes in each; a caller that keeps every output gets fresh memory then
 _IDLE = 512  # maps handed out since a block was last wanted
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 

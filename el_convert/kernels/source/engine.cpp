@@ -48,7 +48,7 @@ bool bad_shape(const el_geometry &g) {
     return taps * (g.in_channels / g.groups) > (depthwise ? 255 : 65535);
 }
 
-int padded(int channels, int block) { return (channels + block - 1) / block * block; }
+int padded(int channels, int block) { return static_cast<int>(whole(channels, block)); }
 
 // How the bytes that an output pixel sees lie in the map.
 void lay_out(Convolution *conv) {
@@ -264,7 +264,7 @@ Scratch scratch_layout(const Convolution &conv, const Strip &strip) {
         at.rows = 1;
         at.columns = width / pixels;
         at.row_bytes = at.columns * conv.units;
-        bits = static_cast<size_t>(width * conv.pixel_bytes);
+        bits = static_cast<size_t>((width + 1) * conv.pixel_bytes);  // and a partner for the last
     } else {
         const int64_t last = width - pixels;
         at.rows = (rows - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1;

@@ -37,6 +37,6 @@ const Isa kAvx512 = {"avx512", available, Simd::kBytes, Simd::kMaxBlock, kCounti
 #else
 namespace el {
 static bool available() { return false; }
-const Isa kAvx512 = {"avx512", available, 0, 0, {0, 0, 0, 0, 0, 0, nullptr}, nullptr, nullptr, nullptr};
+const Isa kAvx512 = {"avx512", available, 0, 0, {}, nullptr, nullptr, nullptr};
 }  // namespace el
 #endif

@@ -38,6 +38,6 @@ const Isa kAvx512Vpopcntdq = {"avx512vpopcntdq", available, Simd::kBytes, Simd::
 #else
 namespace el {
 static bool available() { return false; }
-const Isa kAvx512Vpopcntdq = {"avx512vpopcntdq", available, 0, 0, {0, 0, 0, 0, 0, 0, nullptr}, nullptr, nullptr, nullptr};
+const Isa kAvx512Vpopcntdq = {"avx512vpopcntdq", available, 0, 0, {}, nullptr, nullptr, nullptr};
 }  // namespace el
 #endif

@@ -12,11 +12,12 @@ namespace {
 }  // namespace
 
 static bool available() { return true; }
-const Isa kNeon = {"neon", available, Simd::kBytes, Simd::kMaxBlock, kCounting, run_strip, pool_rows, peak};
+const Isa kNeon = {"neon", available, Simd::kBytes, Simd::kMaxBlock, kCounting,
+                   run_strip, pool_rows, peak};
 }  // namespace el
 #else
 namespace el {
 static bool available() { return false; }
-const Isa kNeon = {"neon", available, 0, 0, {0, 0, 0, 0, 0, 0, nullptr}, nullptr, nullptr, nullptr};
+const Isa kNeon = {"neon", available, 0, 0, {}, nullptr, nullptr, nullptr};
 }  // namespace el
 #endif
