@@ -31,7 +31,6 @@ if TYPE_CHECKING:
         BinaryConvTranspose1d,
         BinaryConvTranspose2d,
         BinaryConvTranspose3d,
-        RPReLU,
     )
     from el_convert.packed import PackedConv
     from el_convert.packing import pack
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from el_convert.planning import Decision, plan
     from el_convert.recipes import RECIPES, Recipe, RecipeError
     from el_convert.report import Summary, summarize
+    from el_convert.slopes import RPReLU
     from el_convert.zoo import Source
 
 _HOME = {
@@ -57,7 +57,7 @@ _HOME = {
     "PackedConv": "packed",
     "Pattern": "patterns",
     "RECIPES": "recipes",
-    "RPReLU": "nn",
+    "RPReLU": "slopes",
     "Recipe": "recipes",
     "RecipeError": "recipes",
     "Source": "zoo",

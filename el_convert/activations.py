@@ -16,9 +16,9 @@ from el_convert.facts import (
     tensor_inputs,
     visit,
 )
-from el_convert.nn import RPReLU
 from el_convert.recipes import ActivationOptions
 from el_convert.sites import Site, producer
+from el_convert.slopes import ChannelPReLU, RPReLU
 from el_convert.tracing import has_forward_hooks, has_parameters, join
 
 # By name: timm has its own classes of these names. Gates (sigmoid, tanh) are none of them.
@@ -146,7 +146,7 @@ def build_activation(change: ActivationChange, slope: float, like: Tensor | None
         return nn.Identity()
     layer: nn.Module
     if change.replacement == "prelu":
-        layer = nn.PReLU(change.channels, init=slope)
+        layer = ChannelPReLU(change.channels, init=slope)
     else:
         layer = RPReLU(change.channels, slope)
     return layer if like is None else layer.to(like.device, like.dtype)

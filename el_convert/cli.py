@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +14,15 @@ import click
 from click.shell_completion import CompletionItem
 
 from el_convert._version import __version__
-from el_convert.errors import ElConvertError, SourceError, UnknownNameError, nearest_names
+from el_convert.cli_training import calibrate, evaluate, train
+from el_convert.console import check_output, errors_as_exits, print_result, step
+from el_convert.errors import UnknownNameError, nearest_names
 
 if TYPE_CHECKING:
     from torch import nn
 
     from el_convert.recipes import Recipe
     from el_convert.report import Summary
-
-_SUFFIXES = (".pt", ".safetensors")
 
 
 class ModelFirst(click.Group):
@@ -45,33 +44,6 @@ class ModelFirst(click.Group):
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "MODEL --out FILE [OPTIONS]")
         formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...")
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """What a user can mend by typing something else exits 2; a refusal exits 1."""
-    from el_convert.recipes import RecipeError
-
-    try:
-        yield
-    except (UnknownNameError, RecipeError, SourceError) as error:
-        raise click.UsageError(str(error)) from error
-    except ElConvertError as error:
-        raise click.ClickException(str(error)) from error
-
-
-@contextmanager
-def _step(label: str) -> Iterator[None]:
-    """Say on stderr what is going on; a spinner where stderr is a terminal."""
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False)
-    if console.is_terminal:
-        with console.status(label):
-            yield
-    else:
-        console.print(f"{label} ...", soft_wrap=True)
-        yield
 
 
 def _complete_model(_: click.Context, __: Any, incomplete: str) -> list[CompletionItem]:
@@ -148,38 +120,19 @@ def convert(
         raise click.UsageError(f"name the file to write with --out FILE, or use --dry-run{guess}")
     if out is not None:
         check_output(out)
-    with _errors():
+    with errors_as_exits():
         chosen = _recipe(recipe, options)
         binary, source = _build(model, chosen, keep, pretrained, num_classes)
         summary = _summarize(binary)
         if out is not None and not dry_run:
             from el_convert.checkpoint import save
 
-            with _step(f"writing {out}"):
+            with step(f"writing {out}"):
                 save(binary, out, source=source)
     written = None if dry_run else out
     _show(summary, as_json, {"source": str(source), "file": written and str(written)})
     if written is not None and not as_json:
         click.echo(f"wrote {written} ({written.stat().st_size / 1e6:.1f} MB); now train it")
-
-
-def check_output(out: Path) -> None:
-    """Refuse an output that cannot be written, before anything slow.
-
-    Raises:
-        click.BadParameter: wrong suffix, missing or read-only folder, or a folder itself.
-    """
-    problem = ""
-    if out.suffix not in _SUFFIXES:
-        problem = f"{out}: the name must end in {' or '.join(_SUFFIXES)}"
-    elif not out.parent.is_dir():
-        problem = f"folder {out.parent} does not exist: mkdir -p {out.parent}"
-    elif out.is_dir():
-        problem = f"{out} is a folder"
-    elif not os.access(out.parent, os.W_OK):
-        problem = f"folder {out.parent} is not writable"
-    if problem:
-        raise click.BadParameter(problem, param_hint="--out")
 
 
 def _recipe(name: str, options: Sequence[str]) -> Recipe:
@@ -199,14 +152,14 @@ def _build(
     pretrained: bool,
     num_classes: int | None,
 ) -> tuple[nn.Module, Any]:
-    with _step("loading torch"):
+    with step("loading torch"):
         from el_convert.convert import binarize
         from el_convert.zoo import create, find_source, source_of
     # torch.hub says on stdout what it downloads.
-    with _step(f"building {name}"), redirect_stdout(sys.stderr):
+    with step(f"building {name}"), redirect_stdout(sys.stderr):
         source = find_source(name, num_classes=num_classes)
         model = create(source, pretrained=pretrained)
-    with _step(f"binarizing {name}"):
+    with step(f"binarizing {name}"):
         return binarize(model, recipe, keep=keep, inplace=True), source_of(model)
 
 
@@ -214,7 +167,7 @@ def _summarize(model: nn.Module) -> Summary:
     from el_convert.errors import ConversionError
     from el_convert.report import summarize
 
-    with _step("counting operations"):
+    with step("counting operations"):
         try:
             return summarize(model)
         except ConversionError as error:
@@ -226,17 +179,7 @@ def _show(summary: Summary, as_json: bool, extra: dict[str, Any]) -> None:
     if as_json:
         click.echo(json.dumps({**extra, **summary.to_dict()}))
     else:
-        _print(summary)
-
-
-def _print(result: object) -> None:
-    """With colours in a terminal, as text elsewhere."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(result)
-    else:
-        click.echo(str(result))
+        print_result(summary)
 
 
 @main.command()
@@ -246,12 +189,12 @@ def models(glob: str) -> None:
 
     In a terminal "52 of 53"; piped, tab-separated: name, binarized, convolutions.
     """
-    with _step("listing models"):
+    with step("listing models"):
         from el_convert.catalog import LIST_MODELS, bare_names, model_names, snapshot_counts
 
         names = model_names(glob)
     if not names:
-        with _errors():
+        with errors_as_exits():
             raise UnknownNameError("model", glob, bare_names(), LIST_MODELS)
     counts = snapshot_counts()
     wide = sys.stdout.isatty()
@@ -275,19 +218,19 @@ def pack(file: Path, out: Path, half: bool) -> None:
     The file must be of a timm or torchvision model; FILE itself stays as it is.
     """
     check_output(out)
-    with _step("loading torch"):
+    with step("loading torch"):
         from el_convert.checkpoint import load, save
         from el_convert.errors import first_few
         from el_convert.packing import pack, slow_layers
-    with _errors():
-        with _step(f"reading {file}"):
+    with errors_as_exits():
+        with step(f"reading {file}"):
             model = load(file).eval()
         with warnings.catch_warnings(record=True) as doubts:
             warnings.simplefilter("always")
             packed = pack(model, inplace=True)
         for doubt in doubts:
             click.echo(f"warning: {doubt.message}", err=True)
-        with _step(f"writing {out}"):
+        with step(f"writing {out}"):
             save(packed, out, half=half)
     slow = [f"{path}: {why}" for path, why in slow_layers(packed)]
     if slow:
@@ -301,10 +244,10 @@ def pack(file: Path, out: Path, half: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 def inspect(file: Path, as_json: bool) -> None:
     """Show what a saved FILE holds."""
-    with _step("loading torch"):
+    with step("loading torch"):
         from el_convert.checkpoint import load, read
-    with _errors():
-        with _step(f"reading {file}"):
+    with errors_as_exits():
+        with step(f"reading {file}"):
             header, _ = read(file)
             if header.source is None:
                 raise click.ClickException(
@@ -350,12 +293,12 @@ def bench(model: str, against: str, as_json: bool, **options: Any) -> None:
     Takes a file of `pack` or of a conversion, which is then packed in memory, or the name of a
     model, whose weights are then random.
     """
-    with _step("loading torch"):
+    with step("loading torch"):
         from el_convert.benchmark import benchmark
         from el_convert.peers import find_peers
         from el_convert.timings import to_json
         from el_convert.zoo import input_spec
-    with _errors():
+    with errors_as_exits():
         peers = [name for name in against.split(",") if name]
         find_peers(peers)
         packed, original, source = _contestants(model)
@@ -370,7 +313,7 @@ def bench(model: str, against: str, as_json: bool, **options: Any) -> None:
     if as_json:
         click.echo(json.dumps(to_json(result), indent=1))
     else:
-        _print(result)
+        print_result(result)
 
 
 def _contestants(name: str) -> tuple[nn.Module, nn.Module, Any]:
@@ -382,10 +325,10 @@ def _contestants(name: str) -> tuple[nn.Module, nn.Module, Any]:
 
     if not Path(name).is_file():
         source = find_source(name)
-        with _step(f"building and packing {name}"), redirect_stdout(sys.stderr):
+        with step(f"building and packing {name}"), redirect_stdout(sys.stderr):
             original = create(source).eval()
             return pack_untrained(original), original, source
-    with _step(f"reading {name}"):
+    with step(f"reading {name}"):
         header, _ = read(Path(name))
         if header.source is None:
             raise click.ClickException(
@@ -394,7 +337,11 @@ def _contestants(name: str) -> tuple[nn.Module, nn.Module, Any]:
             )
         packed = load(Path(name)).eval()
     if not header.packed:
-        with _step(f"packing {name}"), warnings.catch_warnings():
+        with step(f"packing {name}"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # how well it was trained does not matter here
             packed = pack(packed, inplace=True)
     return packed, create(header.source).eval(), header.source
+
+
+for _command in (train, evaluate, calibrate):
+    main.add_command(_command)

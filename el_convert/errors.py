@@ -22,6 +22,14 @@ class CheckpointError(ElConvertError, ValueError):
     """A file cannot be written or was refused when read; nothing was changed."""
 
 
+class DataError(ElConvertError, ValueError):
+    """Images cannot be trained or evaluated on; the message names the file or folder."""
+
+
+class TrainingError(ElConvertError, RuntimeError):
+    """Training cannot start, or had to stop; the message says what is kept and where."""
+
+
 class UnknownNameError(ElConvertError, LookupError):
     """A model, recipe, field, pattern or glob that does not exist; carries the nearest names.
 

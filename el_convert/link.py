@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from el_convert.channels import repeat_channels, sum_channels
 from el_convert.recipes import LinkOptions
 
 _POOLS: dict[str, tuple[Callable[..., Tensor], ...]] = {
@@ -166,7 +167,7 @@ def _with_size(input: Tensor, dim: int, size: int) -> list[int]:
 def _pick_channels(input: Tensor, channels: int, dim: int, tile: bool) -> Tensor:
     have = input.shape[dim]
     if not tile and channels % have == 0:
-        return input.repeat_interleave(channels // have, dim)
+        return repeat_channels(input, dim, channels // have)
     target = torch.arange(channels, device=input.device)
     return input.index_select(dim, target % have if tile else target * have // channels)
 
@@ -175,8 +176,8 @@ def _squeeze(input: Tensor, channels: int, dim: int, squeeze: str) -> Tensor:
     dim %= input.dim()
     lead, have, trail = input.shape[:dim], input.shape[dim], input.shape[dim + 1 :]
     if have % channels == 0:
-        groups = input.reshape(*lead, channels, have // channels, *trail)
-        return groups.mean(dim + 1) if squeeze == "mean" else groups.sum(dim + 1)
+        total = sum_channels(input, dim, have // channels)
+        return total * (channels / have) if squeeze == "mean" else total
     # Adaptive pooling bins exactly as documented; channels stand in for the height of an image.
     if input.numel() == 0:  # which adaptive pooling refuses
         return input.new_zeros((*lead, channels, *trail))

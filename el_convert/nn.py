@@ -10,13 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from el_convert.errors import ConversionError
-from el_convert.functional import binarize_ste, weight_scale, xnor_activation_scale
+from el_convert.functional import (
+    binarize_ste,
+    scaled_sign,
+    weight_scale,
+    xnor_activation_scale,
+)
 from el_convert.link import ElasticLink, LinkGeometry, link_geometry
 from el_convert.recipes import Recipe, find_recipe
 
@@ -212,8 +216,9 @@ class BinaryLayer(OneBitLayer):
             return None
         if kind == "learned":
             return self.learned_scale
-        scale = self._mean_scale(latent)
-        return scale.detach() if kind == "mean-detached" else scale
+        if kind == "mean-detached":
+            latent = latent.detach()
+        return self._mean_scale(latent)
 
     def _mean_scale(self, weight: Tensor) -> Tensor:
         return weight_scale(weight)
@@ -273,9 +278,24 @@ class BinaryConv(BinaryLayer, OneBitConv, _ConvNd):
         weight = latent = self.latent_weight()
         if not self.recipe.weight.binary and self.recipe.input.scale == "none":
             return self._apply_kernel(self._binary_input(input), latent, self.bias, output_size)
+        scale = self.output_scale(latent)
+        if self._folds_scale() and scale is not None:
+            weight = self._scaled_weight(latent, scale)
+            return self._apply_kernel(self._binary_input(input), weight, self.bias, output_size)
         if self.recipe.weight.binary:
             weight = binarize_ste(latent, self.recipe.weight.gradient)
-        return self._scaled(input, weight, self.output_scale(latent), output_size)
+        return self._scaled(input, weight, scale, output_size)
+
+    def _folds_scale(self) -> bool:
+        # In eval the signs are summed first, exactly, as packed layers do; in training as well
+        # where a sum of exactly 0 may go to the next sign as it is.
+        moved = self.link is not None or self.bias is not None or self.norm is not None
+        exact = not moved or self.transposed or self.recipe.input.scale == "xnor"
+        return self.training and not exact
+
+    def _scaled_weight(self, latent: Tensor, scale: Tensor) -> Tensor:
+        options = self.recipe.weight
+        return scaled_sign(latent, scale, options.gradient, through_mean=options.scale == "mean")
 
     def _apply_kernel(
         self,
@@ -330,35 +350,3 @@ class BinaryConvTranspose2d(_BinaryConvTranspose, nn.ConvTranspose2d):
 
 class BinaryConvTranspose3d(_BinaryConvTranspose, nn.ConvTranspose3d):
     """1-bit `torch.nn.ConvTranspose3d`; see `BinaryConv`."""
-
-
-class RPReLU(nn.Module):
-    r"""ReActNet's shifted PReLU (arXiv 2003.03488, section 4.2).
-
-    .. math:: f(x) = \text{PReLU}(x - \alpha_c) + \zeta_c
-
-    Args:
-        channels: C.
-        slope: where the negative slope starts.
-
-    Shape:
-        (N, C, ...) to the same shape.
-
-    Example:
-        >>> RPReLU(3)(torch.ones(1, 3, 2, 2)).shape
-        torch.Size([1, 3, 2, 2])
-    """
-
-    def __init__(self, channels: int, slope: float = 0.25) -> None:
-        super().__init__()
-        self.shift_in = nn.Parameter(torch.zeros(channels))
-        self.shift_out = nn.Parameter(torch.zeros(channels))
-        self.slope = nn.Parameter(torch.full((channels,), slope))
-
-    def forward(self, input: Tensor) -> Tensor:
-        shape = (-1, *[1] * (input.dim() - 2))
-        shifted = F.prelu(input - self.shift_in.view(shape), self.slope)
-        return shifted + self.shift_out.view(shape)
-
-    def extra_repr(self) -> str:
-        return f"{self.slope.numel()}"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from el_convert.nn import RPReLU
+from el_convert.slopes import ChannelPReLU, RPReLU
 
 
 @dataclass(slots=True)
@@ -88,7 +88,7 @@ def tail_of(activation: nn.Module | None) -> Tail | None:
         return Tail("clamp", 0.0, float("inf"))
     if isinstance(activation, nn.Hardtanh):  # ReLU6 is one
         return Tail("clamp", float(activation.min_val), float(activation.max_val))
-    if type(activation) is nn.PReLU:
+    if isinstance(activation, nn.PReLU) and type(activation) in (nn.PReLU, ChannelPReLU):
         return Tail("prelu", slope=activation.weight)
     if type(activation) is RPReLU:
         return Tail(

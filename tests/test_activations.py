@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from el_convert.activations import ActivationChange
 from el_convert.convert import binarize
-from el_convert.nn import RPReLU
 from el_convert.planning import plan_conversion
 from el_convert.recipes import RECIPES
+from el_convert.slopes import RPReLU
 
 
 def changes(model: nn.Module, recipe: str = "elastic-link") -> dict[str, ActivationChange]:

@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 
 from el_convert.convert import binarize
 from el_convert.link import ElasticLink
-from el_convert.nn import RPReLU
 from el_convert.packed import PackedConv
 from el_convert.packing import pack
+from el_convert.slopes import RPReLU
 from el_convert.stem import StemTail
 
 KEEP = {"activation.replacement": "keep"}

@@ -9,7 +9,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 from el_convert.convert import binarize
 from el_convert.errors import ConversionError
-from el_convert.functional import binarize_ste
+from el_convert.functional import binarize_ste, scaled_sign
 from el_convert.graphs import BinarizePass, link_nodes, to_graph
 from el_convert.nn import BinaryConv2d
 from el_convert.recipes import RECIPES
@@ -48,7 +48,9 @@ def test_every_recipe_has_a_graph(recipe: str) -> None:
 def test_the_parts_are_nodes() -> None:
     graph = to_graph(binarize(ready())).graph
     targets = [node.target for node in graph.nodes]
-    assert targets.count(binarize_ste) == 4  # two inputs, two weights
+    assert targets.count(binarize_ste) == targets.count(scaled_sign) == 2  # inputs, weights
+    targets = [node.target for node in to_graph(binarize(ready()).eval()).graph.nodes]
+    assert targets.count(binarize_ste) == 4  # eval sums signs, then scales
     assert [t for t in targets if isinstance(t, str) and t.endswith("link")] == ["2.link", "5.link"]
     assert "0" in targets
 

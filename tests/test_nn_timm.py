@@ -83,7 +83,8 @@ def test_same_padding_follows_the_sign() -> None:
     input = torch.randn(1, 4, 8, 8)
     padded = F.pad(signs(input), (0, 1, 0, 1))
     scale = conv.weight.abs().mean((1, 2, 3)).view(-1, 1, 1)
-    assert torch.allclose(layer(input), F.conv2d(padded, signs(conv.weight), stride=2) * scale)
+    expected = F.conv2d(padded, signs(conv.weight), stride=2) * scale
+    assert torch.allclose(layer(input), expected)
 
 
 def test_same_link_pools_from_the_border() -> None:

@@ -1,0 +1,222 @@
+"""What Elastic-Link brings: one training of each recipe, network and seed, on CIFAR-10.
+
+    python examples/cifar10.py --train cifar10-train.tar --test cifar10-test.tar
+
+Every line of the CSV is one training; what is there already is not done again, and a training
+that was cut off goes on where it stopped. `--table` prints the README's table of what is there.
+Several processes may share a CSV: `--shard 0/2` and `--shard 1/2`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import shutil
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from el_convert import RECIPES, binarize
+from el_convert.datasets import evaluation_loader, open_images
+from el_convert.evaluation import evaluate
+from el_convert.run_state import EpochRow
+from el_convert.train_options import ImageOptions, TrainOptions
+from el_convert.training import train
+from el_convert.watcher import Watcher
+
+COLUMNS = (
+    "model", "row", "seed", "images", "epochs", "batch", "lr", "top1", "top5", "train_loss",
+    "seconds", "torch",
+)  # fmt: skip
+MODELS = ("resnet26", "mobilenetv1_100", "densenet121")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to convert a network.
+
+    Attributes:
+        recipe: a built-in recipe. "identity" is the float network, bit for bit.
+        options: fields set on it.
+        seeds: how many trainings.
+    """
+
+    recipe: str
+    options: tuple[tuple[str, str], ...] = ()
+    seeds: int = 1
+
+
+ROWS = {
+    "plain": Row("plain", seeds=3),
+    "elastic-link": Row("elastic-link", seeds=3),
+    "plain, float shortcuts": Row("plain", (("keep.shortcut", "true"),), 3),
+    "elastic-link, float shortcuts": Row("elastic-link", (("keep.shortcut", "true"),), 3),
+    "reactnet": Row("reactnet", seeds=3),
+    "elastic-reactnet": Row("elastic-reactnet", seeds=3),
+    "float": Row("identity"),
+    "xnor": Row("xnor"),
+    "bi-real": Row("bi-real"),
+}
+ABLATIONS = {
+    f"{field.removeprefix('link.')}={value}": Row("elastic-link", ((field, value),))
+    for field, values in {
+        "link.gamma_init": ("0", "0.25", "0.5"),
+        "link.gamma": ("scalar", "fixed"),
+        "link.place": ("after-norm",),
+        "link.squeeze": ("sum", "slice"),
+        "link.expand": ("tile", "zero"),
+        "link.downsample": ("max", "slice"),
+        "activation.replacement": ("keep", "rprelu", "identity"),
+        "input.threshold": ("learned",),
+        "input.scale": ("xnor",),
+    }.items()
+    for value in values
+}
+WITH_SHORTCUTS = ("resnet26",)
+
+
+class Lines(Watcher):
+    """One line for each epoch."""
+
+    def epoch_ends(self, row: EpochRow) -> None:
+        print(
+            f"  epoch {row.epoch + 1}: loss {row.train_loss:.3f}, {row.seconds:.0f} s", flush=True
+        )
+
+
+def trials(models: Sequence[str], rows: Sequence[str]) -> Iterator[tuple[str, str, int]]:
+    """(model, row, seed), the most telling first."""
+    table = ROWS | ABLATIONS
+    for seed in range(3):
+        for name in rows:
+            for model in models:
+                shortcuts = name.endswith("float shortcuts")
+                if seed < table[name].seeds and (not shortcuts or model in WITH_SHORTCUTS):
+                    yield model, name, seed
+
+
+def build(model: str, row: Row, seed: int) -> nn.Module:
+    """The converted network, its weights drawn from the seed."""
+    torch.manual_seed(seed)
+    network: nn.Module = timm.create_model(model, num_classes=10)
+    recipe = RECIPES[row.recipe].with_options(dict(row.options))
+    return binarize(network, recipe, inplace=True)
+
+
+def run(args: argparse.Namespace, model: str, name: str, seed: int) -> dict[str, object]:
+    """Train and evaluate one of them; a line of the CSV."""
+    images = ImageOptions(
+        (3, 32, 32), batch_size=args.batch, workers=0, scale=(0.8, 1.0), crop_pct=1.0
+    )
+    options = TrainOptions(
+        epochs=args.epochs, steps=1, loss="cross-entropy", lr=args.lr, seed=seed, images=images
+    )
+    training = open_images(args.train, images, training=True).first(args.images)
+    test = open_images(args.test, images, training=False)
+    network = build(model, (ROWS | ABLATIONS)[name], seed)
+    folder = args.runs / f"{model}-{name}-{seed}".replace(" ", "").replace(",", "-")
+    resume = (folder / "last.pt").exists()
+    trained = train(
+        network,
+        training,
+        options=options,
+        run=folder,
+        resume=resume,
+        watcher=Lines(),
+        device=args.device,
+    )
+    result = evaluate(trained.model, evaluation_loader(test, images), device=args.device)
+    shutil.rmtree(folder)
+    seconds = sum(row.seconds for row in trained.rows)
+    values = (
+        model, name, seed, args.images, args.epochs, args.batch, args.lr, round(result.top1, 2),
+        round(result.top5, 2), round(trained.rows[-1].train_loss, 4), round(seconds),
+        torch.__version__,
+    )  # fmt: skip
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The lines that are there."""
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def append(path: Path, line: dict[str, object]) -> None:
+    """Add a line in one write, so that processes may share the file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    if not path.exists():
+        writer.writeheader()
+    writer.writerow(line)
+    with path.open("a") as stream:
+        stream.write(text.getvalue())
+
+
+def table(lines: Sequence[dict[str, str]]) -> str:
+    """Top-1 by row and network: the mean, and the lowest to highest where there are several."""
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for line in lines:
+        found[line["row"], line["model"]].append(float(line["top1"]))
+    models = [model for model in MODELS if any(model == known for _, known in found)]
+    text = ["| | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
+    for row in dict.fromkeys(name for name in ROWS | ABLATIONS if any(name == r for r, _ in found)):
+        text.append(f"| {row} | " + " | ".join(cell(found[row, model]) for model in models) + " |")
+    return "\n".join(text)
+
+
+def cell(values: Sequence[float]) -> str:
+    """As in "49.8 (49.1-50.3)"."""
+    if not values:
+        return ""
+    spread = f" ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--train", type=Path, default=Path("cifar10-train.tar"))
+    parser.add_argument("--test", type=Path, default=Path("cifar10-test.tar"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("cifar10.csv"))
+    parser.add_argument("--runs", type=Path, default=Path("cifar10-runs"))
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *ABLATIONS], metavar="ROW")
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--shard", default="0/1")
+    parser.add_argument("--table", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    if args.table:
+        print(table(read(args.out)))
+        return
+    torch.set_num_threads(args.threads)
+    part, parts = map(int, args.shard.split("/"))
+    wanted = list(trials(args.models, args.rows or [*ROWS, *ABLATIONS]))
+    for model, name, seed in wanted[part::parts]:
+        done = {(line["model"], line["row"], int(line["seed"])) for line in read(args.out)}
+        if (model, name, seed) in done:
+            continue
+        print(f"{model}, {name}, seed {seed}", flush=True)
+        line = run(args, model, name, seed)
+        append(args.out, line)
+        print(f"  top-1 {line['top1']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
