@@ -39,6 +39,8 @@ class _RepeatChannels(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, dim: int, count: int) -> Tensor:
+        if input.is_contiguous():
+            return input.repeat_interleave(count, dim)
         last = input.movedim(dim, -1).unsqueeze(-1)  # where channels_last has them
         return last.expand(*last.shape[:-1], count).flatten(-2).movedim(-1, dim)
 

@@ -65,11 +65,13 @@ class LabelledImages(Dataset[Sample]):
         if isinstance(index, tuple):  # whoever loads it, at whatever time, an image is cut the same
             seed, index = index
             seed_all(seed)
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # which ends a loop over all
         for near in range(_MANY_CORRUPT):
             at = self._chosen[(index + near) % len(self)]
             try:
                 stream, label = self._reader[at]
-                with Image.open(stream) as image:
+                with stream, Image.open(stream) as image:
                     image.load()
                 return (self.transform(image) if self.transform else image), label
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
