@@ -126,6 +126,8 @@ def apply(model: ModelT, conversion: Conversion) -> ModelT:
         except ConversionError as error:
             raise ConversionError(f"{decision.path!r}, by {decision.pattern!r}: {error}") from error
         new[id(modules[decision.path])] = layer
+        if not decision.normed and isinstance(layer, BinaryLayer):
+            _start_low(layer)
         if decision.norm and isinstance(layer, BinaryLayer):
             layer.norm = modules[decision.norm]
             new[id(layer.norm)] = nn.Identity()
@@ -136,6 +138,12 @@ def apply(model: ModelT, conversion: Conversion) -> ModelT:
     exchange(model, new)
     root = cast(ModelT, new.get(id(model), model))  # a convolution may be the model itself
     return record(root, conversion)
+
+
+def _start_low(layer: BinaryLayer) -> None:
+    # Without a norm behind each, gates above 1 would multiply up over the layers.
+    if layer.link is not None and layer.link.gamma is not None:
+        layer.link.gamma.data.clamp_(max=1.0)
 
 
 def record(model: ModelT, conversion: Conversion) -> ModelT:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 import tarfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 from timm.data.readers import create_reader
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from el_convert.errors import DataError, first_few, first_line
 from el_convert.train_options import ImageOptions
@@ -50,6 +51,7 @@ class LabelledImages(Dataset[Sample]):
     ) -> None:
         self.root, self.corrupt = Path(root), corrupt
         self._reader = _open(self.root)
+        weakref.finalize(self, _close, self._reader)
         self.transform = transform
         names = _class_indices(self._reader)
         self._chosen: Sequence[int] = range(len(self._reader))
@@ -96,6 +98,12 @@ class LabelledImages(Dataset[Sample]):
         self._chosen = [int(place * step) for place in range(count)]
         return self
 
+    def reopen(self) -> None:
+        """Forget an open tar file: processes that share one would move each other's place in it."""
+        state = getattr(self._reader, "tar_state", None)
+        if state is not None:
+            state.reset()
+
     def corrupt_names(self) -> list[str]:
         """Images found not to decode since the last call, by any worker, each as often as met."""
         names = []
@@ -118,6 +126,14 @@ def _open(root: Path) -> Any:
     if not len(reader):
         raise DataError(f"{root} holds no images: one folder per class is expected")
     return reader
+
+
+def _close(reader: Any) -> None:
+    """Close the tar file, which timm opens on the first read; the next read opens it again."""
+    state = getattr(reader, "tar_state", None)
+    if state is not None and getattr(state, "tf", None) is not None:
+        state.tf.close()
+        state.reset()
 
 
 def _class_indices(reader: Any) -> dict[str, int]:
@@ -291,7 +307,14 @@ def _loader(
         sampler=sampler,
         num_workers=options.workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
     )
+
+
+def _start_worker(_: int) -> None:
+    worker = get_worker_info()
+    if worker is not None and isinstance(worker.dataset, LabelledImages):
+        worker.dataset.reopen()
 
 
 def mix_seed(*parts: int) -> int:

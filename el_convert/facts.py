@@ -154,7 +154,7 @@ def final_activation(path: str, module: nn.Module) -> tuple[str, nn.Module] | No
             if not isinstance(child, (nn.Identity, nn.Dropout)):
                 return final_activation(f"{path}.{name}", child)
     act = getattr(module, "act", None)
-    if isinstance(act, nn.Module) and _is_norm(module) and is_activation(act):
+    if isinstance(act, nn.Module) and is_norm(module) and is_activation(act):
         return f"{path}.act", act
     return None
 
@@ -170,7 +170,8 @@ def is_activation(module: nn.Module) -> bool:
     )
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm of torch, timm or the user, with or without an activation."""
     return "Norm" in type(module).__name__
 
 

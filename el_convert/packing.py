@@ -113,7 +113,10 @@ def _doubts(model: nn.Module) -> list[str]:
         doubts.append("the model was in training mode; the packed one is in eval mode")
     links = [m.link for m in model.modules() if isinstance(m, BinaryLayer) and m.link is not None]
     learned = [(link.gamma, link.options.gamma_init) for link in links if link.gamma is not None]
-    start = [bool(gamma.detach().eq(value).all()) for gamma, value in learned]
+    start = [
+        bool(gamma.detach().eq(value).all() or gamma.detach().eq(min(value, 1)).all())
+        for gamma, value in learned
+    ]
     norms = [m for m in model.modules() if isinstance(m, _NormBase)]
     batches = [int(m.num_batches_tracked) for m in norms if m.num_batches_tracked is not None]
     if (start and all(start)) or (batches and not any(batches)):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import fx, nn
 from torch.jit import ScriptModule
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from el_convert.activations import ActivationChange, plan_activations
 from el_convert.calls import FunctionalConv
 from el_convert.errors import ConversionError, UnknownNameError, first_few
+from el_convert.facts import GraphFacts, is_norm
 from el_convert.nn import OneBitLayer
 from el_convert.patterns import KEPT_BY_NAME, Action, find_pattern, first_match
 from el_convert.recipes import Recipe, find_recipe
@@ -28,6 +29,7 @@ _WRAPPERS = {
     "torch._dynamo.eval_frame.OptimizedModule": "compiled by torch.compile",
 }
 _UNTRACED = "; what surrounds it does not trace: name it in keep= if it gives the output"
+_PASSED = (nn.Identity, nn.Dropout, nn.Dropout2d)
 NORMS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -50,6 +52,8 @@ class Decision:
         action: "binarize" or "keep".
         reason: why, in words.
         norm: qualified name of the norm that moves inside (`link.place=after-norm`), or "".
+        normed: whether nothing but norms read its output, which keeps gates that start above 1
+            from adding up; not in files, as trained gates are.
     """
 
     path: str
@@ -57,6 +61,7 @@ class Decision:
     action: Action
     reason: str
     norm: str = ""
+    normed: bool = field(default=True, compare=False)
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ def _decide(site: Site, recipe: Recipe, globs: Sequence[str]) -> Decision:
         reason += _UNTRACED
     if row.name == "unknown-class":
         reason = f"{dotted_name(type(site.conv))}: {reason}"
-    return Decision(site.path, row.name, row.action, reason)
+    return Decision(site.path, row.name, row.action, reason, normed=_is_normed(site))
 
 
 def _refuse_idle_globs(globs: Sequence[str], sites: Sequence[Site]) -> None:
@@ -217,6 +222,17 @@ def unexpected_keeps(conversion: Conversion) -> tuple[Decision, ...]:
         for d in conversion.kept
         if d.pattern != KEPT_BY_NAME and find_pattern(d.pattern).unexpected
     )
+
+
+def _is_normed(site: Site) -> bool:
+    def normed(facts: GraphFacts, node: fx.Node) -> bool:
+        module = facts.module(node)
+        if isinstance(module, _PASSED):
+            return bool(node.users) and all(normed(facts, user) for user in node.users)
+        return module is not None and is_norm(module)
+
+    calls = [(facts, user) for facts, node in site.uses for user in node.users]
+    return bool(calls) and all(normed(facts, user) for facts, user in calls)
 
 
 def _movable_norms(sites: Sequence[Site]) -> dict[str, str]:

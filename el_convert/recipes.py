@@ -64,7 +64,7 @@ class LinkOptions:
             convolution; where a norm is fused with an activation or has other users the link
             stays before it and the report says so.
         gamma: learned per output "channel", learned "scalar", or "fixed" at `gamma_init`.
-        gamma_init: where gamma starts.
+        gamma_init: where gamma starts; where no norm follows, at most at 1.
         squeeze: channels shrink: "mean" or "sum" over groups, or a "slice" with one of each group.
         expand: channels grow: "repeat" each channel, "tile" the whole block, or append "zero".
         downsample: stride: "average" or "max" over the stride's window, or a "slice".
@@ -74,7 +74,7 @@ class LinkOptions:
     where: Literal["all", "equal"] = "all"
     place: Literal["before-norm", "after-norm"] = "before-norm"
     gamma: Literal["channel", "scalar", "fixed"] = "channel"
-    gamma_init: float = 1.0
+    gamma_init: float = 3.0
     squeeze: Literal["mean", "sum", "slice"] = "mean"
     expand: Literal["repeat", "tile", "zero"] = "repeat"
     downsample: Literal["average", "max", "slice"] = "average"
@@ -281,7 +281,7 @@ def find_recipe(recipe: Recipe | str) -> Recipe:
 
 
 _NO_LINK = LinkOptions(enabled=False)
-_BLOCK_SHORTCUT = LinkOptions(where="equal", place="after-norm", gamma="fixed")
+_BLOCK_SHORTCUT = LinkOptions(where="equal", place="after-norm", gamma="fixed", gamma_init=1.0)
 _REACT_INPUT = InputOptions(threshold="learned")
 _DETACHED = WeightOptions(scale="mean-detached")
 _KEEP_SHORTCUT = KeepOptions(shortcut=True)

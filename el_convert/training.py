@@ -128,6 +128,7 @@ class _Run:
         self.images, self.validation, self.options = images, validation, options
         self.folder, self.device = folder, device
         self.state = folder / "last.pt"
+        self.told: set[str] = set()
         self.steps = options.steps or self.recipe.training.steps
 
     def prepare(self, teacher: nn.Module | None, processes: Processes, watcher: Watcher) -> None:
@@ -184,6 +185,7 @@ class _Run:
         stored: dict[str, Any] = {}
         if resume:
             position, stored = load_state(self.state, self.settings)
+            self.model.load_state_dict(stored["model"])
         elif self.state.exists():
             raise TrainingError(
                 f"{self.folder} holds a run: go on with --resume, or name another folder with --run"
@@ -194,9 +196,10 @@ class _Run:
         for _, layer in binary_layers(self.model):
             layer.train()
         with StopRequest() as stop:
-            for step in range(position.epoch // self.options.epochs, self.steps):
+            for step in range(self._step_of(position), self.steps):
                 set_binary_weights(self.model, step == self.steps - 1)
-                stepper = self._stepper(step, stored)
+                begun = position.epoch > step * self.options.epochs or position.batch > 0
+                stepper = self._stepper(step, stored if begun else {})
                 stored = {}
                 last = (step + 1) * self.options.epochs
                 while position.epoch < last:
@@ -204,13 +207,16 @@ class _Run:
                     if board:
                         log_row(board, position.rows[-1])
         set_binary_weights(self.model, True)
-        if position.epoch and stepper.average is not None:
+        if stepper.average is not None:
             self.model.load_state_dict(stepper.average.module.state_dict())
         curve = self.folder / "curve.png"
         drawn = self.processes.first and draw_curve(curve, position.rows, self._title())
         if board:
             board.close()
         return Trained(self.model.eval(), position.rows, curve if drawn else None)
+
+    def _step_of(self, position: Position) -> int:
+        return min(position.epoch // self.options.epochs, self.steps - 1)
 
     def _title(self) -> str:
         return f"{type(self.model).__name__}, {self.recipe.name}"
@@ -238,8 +244,9 @@ class _Run:
             stepper, self.loader, position, local_epoch, stop, self.watcher, self.state
         )
         corrupt = self.images.corrupt_names()
-        for name in dict.fromkeys(corrupt):
+        for name in sorted({*corrupt} - self.told):
             self.watcher.corrupt_image(name)
+        self.told |= {*corrupt}
         if not reached.complete:
             self._store(stepper, reached.position)
             raise TrainingError(

@@ -67,7 +67,7 @@ ROWS = {
 ABLATIONS = {
     f"{field.removeprefix('link.')}={value}": Row("elastic-link", ((field, value),))
     for field, values in {
-        "link.gamma_init": ("0", "0.25", "0.5", "1", "2", "3"),
+        "link.gamma_init": ("0", "0.25", "0.5", "1", "2", "5"),
         "link.gamma": ("scalar", "fixed"),
         "link.place": ("after-norm",),
         "link.squeeze": ("sum", "slice"),
@@ -105,11 +105,12 @@ def trials(models: Sequence[str], rows: Sequence[str]) -> Iterator[tuple[str, st
 def build(model: str, row: Row, seed: int) -> nn.Module:
     """The converted network, its weights drawn from the seed."""
     torch.manual_seed(seed)
-    network: nn.Module = timm.create_model(model, num_classes=10)
+    network = timm.create_model(model, num_classes=10)
     # As timm starts them, logits of some networks deviate by 4, and a short run goes to undo that.
     nn.init.normal_(network.get_classifier().weight, std=0.01)
     recipe = RECIPES[row.recipe].with_options(dict(row.options))
-    return binarize(network, recipe, inplace=True)
+    binary: nn.Module = binarize(network, recipe, inplace=True)
+    return binary
 
 
 def run(args: argparse.Namespace, model: str, name: str, seed: int) -> dict[str, object]:

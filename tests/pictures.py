@@ -46,14 +46,8 @@ def small_network(recipe: str | Recipe = "elastic-link", classes: int = 3) -> nn
 
 
 def float_network(classes: int = 3, **options: object) -> nn.Module:
-    model: nn.Module = timm.create_model(
-        "resnet18",
-        num_classes=classes,
-        block_args={},
-        channels=(8, 8, 16, 16),
-        stem_width=8,
-        **options,
-    )
+    shape = {"channels": (8, 8, 16, 16), "stem_width": 8}
+    model: nn.Module = timm.create_model("resnet18", num_classes=classes, **shape, **options)
     return model
 
 

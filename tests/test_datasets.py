@@ -67,7 +67,7 @@ def batches(folder: Path, epoch: int, batch: int = 0, **options: object) -> list
 def test_an_epoch_is_the_same_by_any_worker_and_from_any_batch(folder: Path) -> None:
     whole = batches(folder, 1)
     torch.manual_seed(99)
-    assert all(map(torch.equal, whole, batches(folder, 1, workers=2)))
+    assert all(map(torch.equal, whole, batches(folder, 1, workers=1)))
     assert all(map(torch.equal, whole[2:], batches(folder, 1, 2)))
     assert len(batches(folder, 1, 2)) == 1
     assert not torch.equal(whole[0], batches(folder, 2)[0])
@@ -136,7 +136,7 @@ def test_too_few_images_for_a_batch(folder: Path) -> None:
         training_loader(images, IMAGES, EpochSampler(24, 25, 0, 0, 2))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("tar", [False, True])
 def test_corrupt_images_are_skipped_and_named(folder: Path, workers: int, tar: bool) -> None:
     (folder / "class1" / "3.png").write_bytes(b"no image")
@@ -144,6 +144,7 @@ def test_corrupt_images_are_skipped_and_named(folder: Path, workers: int, tar: b
     (folder / "class2" / "0.png").write_bytes(whole[: len(whole) // 2])
     options = replace(IMAGES, workers=workers)
     images = open_images(pack_tar(folder) if tar else folder, options, training=False)
+    images[1]  # a worker must not share the open tar
     labels = torch.cat([labels for _, labels in evaluation_loader(images, options)])
     assert labels.bincount().tolist() == [8, 8, 8]
     assert sorted(Path(name).name for name in images.corrupt_names()) == ["0.png", "3.png"]

@@ -104,7 +104,7 @@ def test_the_default_is_as_documented() -> None:
     assert (recipe.link.place, recipe.link.gamma, recipe.link.gamma_init) == (
         "before-norm",
         "channel",
-        1.0,
+        3.0,
     )
     assert (recipe.activation.replacement, recipe.activation.which) == ("prelu", "relu")
 
