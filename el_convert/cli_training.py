@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 import click
 
-from el_convert.console import check_output, errors_as_exits, print_result, step
+from el_convert.console import check_output, errors_as_exits, step
 from el_convert.errors import TrainingError
 from el_convert.train_options import ImageOptions, TrainOptions, field_help
 
@@ -283,9 +283,10 @@ def evaluate(
         f"{result.images} images"
     )
     if per_class:
-        from el_convert.progress import class_table
+        from el_convert.progress import class_lines
 
-        print_result(class_table(result.per_class))
+        for line in class_lines(result.per_class):
+            click.echo(line)
 
 
 @click.command()

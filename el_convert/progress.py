@@ -15,7 +15,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from el_convert.run_state import EpochRow
 from el_convert.watcher import Watcher
@@ -85,9 +84,7 @@ def counted(label: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda images: progress.advance(task, images)
 
 
-def class_table(rows: Sequence[tuple[str, float, int]]) -> Table:
-    """Accuracy of each class, the worst first."""
-    table = Table("class", "top-1", "images")
+def class_lines(rows: Sequence[tuple[str, float, int]]) -> Iterator[str]:
+    """Accuracy of each class, the worst first: name, percent, images, with tabs between."""
     for name, right, images in sorted(rows, key=lambda row: row[1]):
-        table.add_row(name, f"{right:.2f} %", str(images))
-    return table
+        yield f"{name}\t{right:.2f} %\t{images}"

@@ -190,9 +190,7 @@ class _Run:
             raise TrainingError(
                 f"{self.folder} holds a run: go on with --resume, or name another folder with --run"
             )
-        if self.processes.first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        board = tensorboard_writer(self.folder) if self.processes.first else None
+        board = None
         for _, layer in binary_layers(self.model):
             layer.train()
         with StopRequest() as stop:
@@ -201,6 +199,7 @@ class _Run:
                 begun = position.epoch > step * self.options.epochs or position.batch > 0
                 stepper = self._stepper(step, stored if begun else {})
                 stored = {}
+                board = board or self._open_folder()
                 last = (step + 1) * self.options.epochs
                 while position.epoch < last:
                     position = self._epoch(stepper, position, step, stop)
@@ -214,6 +213,13 @@ class _Run:
         if board:
             board.close()
         return Trained(self.model.eval(), position.rows, curve if drawn else None)
+
+    def _open_folder(self) -> Any | None:
+        """Make the run's folder, as late as that; gives TensorBoard's writer."""
+        if not self.processes.first:
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return tensorboard_writer(self.folder)
 
     def _step_of(self, position: Position) -> int:
         return min(position.epoch // self.options.epochs, self.steps - 1)

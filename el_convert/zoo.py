@@ -235,8 +235,18 @@ def input_spec(model: nn.Module, source: Source | None = None) -> InputSpec:
     """What the model expects, from timm's configuration or torchvision's weights.
 
     Returns:
-        ImageNet's usual 3 x 224 x 224 where neither says.
+        ImageNet's usual 3 x 224 x 224 where neither says; for other numbers of channels, each
+        with the mean of the three.
     """
+    spec = _library_input(model, source)
+    channels = source.kwargs.get("in_chans") if source is not None else None
+    if not isinstance(channels, int) or channels == spec.size[0]:
+        return spec
+    mean, std = sum(spec.mean) / len(spec.mean), sum(spec.std) / len(spec.std)
+    return InputSpec((channels, *spec.size[1:]), (mean,) * channels, (std,) * channels)
+
+
+def _library_input(model: nn.Module, source: Source | None) -> InputSpec:
     config = getattr(model, "pretrained_cfg", None)
     if isinstance(config, Mapping) and config.get("input_size"):
         spec = InputSpec()
