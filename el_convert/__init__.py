@@ -14,14 +14,19 @@ from typing import TYPE_CHECKING, Any
 from el_convert._version import __version__
 
 if TYPE_CHECKING:
+    from el_convert.calibration import calibrate
     from el_convert.checkpoint import load, save
     from el_convert.convert import binarize
+    from el_convert.datasets import open_images
     from el_convert.errors import (
         CheckpointError,
         ConversionError,
+        DataError,
         ElConvertError,
+        TrainingError,
         UnknownNameError,
     )
+    from el_convert.evaluation import evaluate
     from el_convert.graphs import BinarizePass, to_graph
     from el_convert.link import ElasticLink
     from el_convert.nn import (
@@ -39,6 +44,8 @@ if TYPE_CHECKING:
     from el_convert.recipes import RECIPES, Recipe, RecipeError
     from el_convert.report import Summary, summarize
     from el_convert.slopes import RPReLU
+    from el_convert.train_options import ImageOptions, TrainOptions
+    from el_convert.training import train
     from el_convert.zoo import Source
 
 _HOME = {
@@ -51,9 +58,11 @@ _HOME = {
     "BinaryConvTranspose3d": "nn",
     "CheckpointError": "errors",
     "ConversionError": "errors",
+    "DataError": "errors",
     "Decision": "planning",
     "ElConvertError": "errors",
     "ElasticLink": "link",
+    "ImageOptions": "train_options",
     "PackedConv": "packed",
     "Pattern": "patterns",
     "RECIPES": "recipes",
@@ -62,15 +71,21 @@ _HOME = {
     "RecipeError": "recipes",
     "Source": "zoo",
     "Summary": "report",
+    "TrainOptions": "train_options",
+    "TrainingError": "errors",
     "UnknownNameError": "errors",
     "binarize": "convert",
+    "calibrate": "calibration",
+    "evaluate": "evaluation",
     "load": "checkpoint",
+    "open_images": "datasets",
     "pack": "packing",
     "plan": "planning",
     "register_pattern": "patterns",
     "save": "checkpoint",
     "summarize": "report",
     "to_graph": "graphs",
+    "train": "training",
     "unregister_pattern": "patterns",
 }
 
@@ -85,9 +100,11 @@ __all__ = [
     "BinaryConvTranspose3d",
     "CheckpointError",
     "ConversionError",
+    "DataError",
     "Decision",
     "ElConvertError",
     "ElasticLink",
+    "ImageOptions",
     "PackedConv",
     "Pattern",
     "RPReLU",
@@ -95,16 +112,22 @@ __all__ = [
     "RecipeError",
     "Source",
     "Summary",
+    "TrainOptions",
+    "TrainingError",
     "UnknownNameError",
     "__version__",
     "binarize",
+    "calibrate",
+    "evaluate",
     "load",
+    "open_images",
     "pack",
     "plan",
     "register_pattern",
     "save",
     "summarize",
     "to_graph",
+    "train",
     "unregister_pattern",
 ]
 

@@ -118,7 +118,7 @@ class KeepOptions:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How the recipe's authors train it; conversion only records it.
+    """How the recipe's authors train it, which `train` follows.
 
     Attributes:
         loss: "cross-entropy" with labels, or ReActNet's "distribution" loss against a teacher.

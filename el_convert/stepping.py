@@ -103,10 +103,12 @@ class Stepper:
         """Set the schedule up for epochs of so many batches."""
         options = self.options
         self.per_epoch = -(-batches // options.accumulate)
+        usual = 1.0 if options.sched == "poly" else 0.1  # timm's own 0.1 is no linear decay
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             options.sched,
             num_epochs=options.epochs,
+            decay_rate=usual if options.decay_rate is None else options.decay_rate,
             warmup_epochs=options.warmup_epochs,
             warmup_lr=options.warmup_lr,
             min_lr=options.min_lr,

@@ -57,6 +57,7 @@ class TrainOptions:
         weight_decay: of float weights; latent weights and gates have none.
         first_step_decay: weight decay in the first of two steps, of real weights too.
         sched: timm's schedule: "cosine", "poly" (linear), "step", ...
+        decay_rate: power of "poly", 1 by default, or factor of "step", 0.1 by default.
         warmup_epochs: in which the rate grows.
         warmup_lr: learning rate to begin with.
         min_lr: learning rate to end with.
@@ -83,6 +84,7 @@ class TrainOptions:
     weight_decay: float = 0.0
     first_step_decay: float = 1e-5
     sched: str = "cosine"
+    decay_rate: float | None = None
     warmup_epochs: int = 0
     warmup_lr: float = 1e-6
     min_lr: float = 0.0

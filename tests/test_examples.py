@@ -11,6 +11,7 @@ import nbclient
 import nbformat
 import pytest
 import torch
+from pictures import draw_folder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -72,3 +73,39 @@ def test_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     printed = "".join(output.text for output in streams)
     assert "answers the same: True" in printed
     assert [path.name for path in work.iterdir()] == ["bnn.pt"]
+
+
+def example(name: str, *words: object, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / name), *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_cifar10_experiment_is_not_done_twice(tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "images", classes=10, each=4)
+    files = ("--train", data, "--test", data, "--out", tmp_path / "found.csv")
+    small = ("--images", 40, "--epochs", 1, "--batch", 20, "--models", "resnet26")
+    words = (*files, *small, "--rows", "plain", "gamma_init=0.5", "--shard", "0/2")
+    first = example("cifar10.py", *words, cwd=tmp_path)
+    assert first.count("top-1") == 2  # seeds 0 and 2 of the one; the other process has the rest
+    assert example("cifar10.py", *words, cwd=tmp_path) == ""
+    assert not list((tmp_path / "cifar10-runs").iterdir())
+    table = example("cifar10.py", *files, "--table", cwd=tmp_path).splitlines()
+    assert table[0] == "| | resnet26 |"
+    assert table[2].startswith("| plain | ")
+    assert len((tmp_path / "found.csv").read_text().splitlines()) == 3
+
+
+def test_step_time(tmp_path: Path) -> None:
+    words = ("resnet18", "--size", 32, "--batch", 2, "--rounds", 1)
+    lines = example("step_time.py", *words, cwd=tmp_path).splitlines()
+    assert lines[0] == "resnet18, elastic-link, batch 2, 32 pixels, one thread"
+    assert [line.split(":")[0] for line in lines[1:]] == ["step", "peak"]

@@ -292,6 +292,18 @@ def test_amp_and_averaged_weights(images: LabelledImages, tmp_path: Path) -> Non
     assert not torch.equal(average["fc.weight"], state["model"]["fc.weight"])
 
 
+def test_poly_decays_linearly(images: LabelledImages, tmp_path: Path) -> None:
+    rates: list[float] = []
+
+    class Watch(Watcher):
+        def batch_done(self, loss: float, images: int, lr: float) -> None:
+            rates.append(lr)
+
+    options = replace(OPTIONS, sched="poly", lr=0.6)
+    train(seeded_network(), images, options=options, run=tmp_path / "run", watcher=Watch())
+    assert rates == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+
+
 def test_torchvisions_auxiliary_heads_are_left_to_it(tmp_path: Path) -> None:
     import torchvision
 
