@@ -163,6 +163,7 @@ class _Run:
             len(self.images), options.images.batch_size, options.seed, **ranks
         )
         self.loader = training_loader(self.images, options.images, self.order)
+        self.batches = len(self.loader)  # of a whole epoch
         self.checker = (
             evaluation_loader(self.validation, options.images, **ranks) if self.validation else None
         )
@@ -231,7 +232,7 @@ class _Run:
         first = self.steps == 2 and step == 0
         decay = self.options.first_step_decay if first else self.options.weight_decay
         stepper = Stepper(self.model, self.objective, self.options, decay, self.processes)
-        stepper.schedule(len(self.loader))
+        stepper.schedule(self.batches)
         if stored:
             stepper.load(stored)
         return stepper
