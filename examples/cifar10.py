@@ -148,7 +148,7 @@ def run(args: argparse.Namespace, model: str, name: str, seed: int) -> dict[str,
 
 def read(path: Path) -> list[dict[str, str]]:
     """The lines that are there."""
-    return list(csv.DictReader(path.open())) if path.exists() else []
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 def append(path: Path, line: dict[str, object]) -> None:

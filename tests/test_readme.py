@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -115,6 +116,12 @@ def _text(value: Any) -> str:
 def pattern_row(row: Pattern) -> str:
     switch = f"`{row.option}`" if row.option else ""
     return table_row([f"`{row.name}`", row.action, switch, row.reason])
+
+
+def test_accuracies_are_those_on_record() -> None:
+    script = runpy.run_path(str(ROOT / "examples" / "cifar10.py"))
+    table = script["table"](script["read"](ROOT / "examples" / "cifar10.csv"))
+    assert f"\n\n{table}\n\n" in README
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
