@@ -1,4 +1,4 @@
-"""Sums and copies of neighbouring channels, each the gradient of the other."""
+"""Sums and copies of neighbouring channels, each the gradient of the other; expanding gates."""
 
 from __future__ import annotations
 
@@ -87,3 +87,45 @@ def repeat_channels(input: Tensor, dim: int, count: int) -> Tensor:
     """
     apply: Callable[[Tensor, int, int], Tensor] = _RepeatChannels.apply
     return apply(input, dim % input.dim(), count)
+
+
+class _RepeatGate(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(output: Tensor, gamma: Tensor, input: Tensor, dim: int, count: int) -> Tensor:
+        return torch.addcmul(output, gamma, repeat_channels(input, dim, count))
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int, int], output: Tensor
+    ) -> None:
+        _, gamma, input, ctx.dim, ctx.count = inputs
+        ctx.save_for_backward(gamma, input)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        gamma, input = ctx.saved_tensors
+        product = repeat_channels(input, ctx.dim, ctx.count) * grads[0]
+        of_gamma = product.sum_to_size(gamma.shape)
+        of_input = sum_channels(grads[0] * gamma, ctx.dim, ctx.count)
+        return grads[0], of_gamma, of_input, None, None
+
+
+def repeat_gate(output: Tensor, gamma: Tensor, input: Tensor, dim: int, count: int) -> Tensor:
+    r"""Elastic-Link's sum where it expands, :math:`y + \gamma \, \text{repeat}(x)`.
+
+    Keeps x for the gradient, not its copies, which are `count` times as large.
+
+    Args:
+        output: y, any shape with C * count channels at `dim`.
+        gamma: broadcasts over `output`.
+        input: x, with C channels.
+        dim: where the channels are.
+        count: 2 or more.
+
+    Returns:
+        The shape of `output`.
+    """
+    apply: Callable[..., Tensor] = _RepeatGate.apply
+    return apply(output, gamma, input, dim % input.dim(), count)

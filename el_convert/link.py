@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from el_convert.channels import repeat_channels, sum_channels
+from el_convert.channels import repeat_channels, repeat_gate, sum_channels
 from el_convert.recipes import LinkOptions
 
 _POOLS: dict[str, tuple[Callable[..., Tensor], ...]] = {
@@ -244,23 +244,27 @@ class ElasticLink(nn.Module):
 
     def align(self, input: Tensor, output: Tensor) -> Tensor:
         """`input` brought to the shape of `output`, without gamma."""
-        spatial = len(self.geometry.stride)
-        aligned = align_space(
-            input, output.shape[-spatial:], self.geometry, self.options.downsample
-        )
+        return self._align_channels(self._align_space(input, output))
+
+    def _align_space(self, input: Tensor, output: Tensor) -> Tensor:
+        size = output.shape[-len(self.geometry.stride) :]
+        return align_space(input, size, self.geometry, self.options.downsample)
+
+    def _align_channels(self, input: Tensor) -> Tensor:
+        options, channel_dim = self.options, -1 - len(self.geometry.stride)
         return align_channels(
-            aligned,
-            self.geometry.out_channels,
-            -1 - spatial,
-            self.options.squeeze,
-            self.options.expand,
+            input, self.geometry.out_channels, channel_dim, options.squeeze, options.expand
         )
 
     def forward(self, input: Tensor, output: Tensor) -> Tensor:
-        aligned = self.align(input, output)
+        spaced = self._align_space(input, output)
         if self.gamma is None:
-            return output + self.options.gamma_init * aligned
+            return output + self.options.gamma_init * self._align_channels(spaced)
         gamma = self.gamma.view(-1, *[1] * len(self.geometry.stride))
+        count, rest = divmod(self.geometry.out_channels, self.geometry.in_channels)
+        if self.training and count > 1 and not rest and self.options.expand == "repeat":
+            return repeat_gate(output, gamma, spaced, -gamma.dim(), count)
+        aligned = self._align_channels(spaced)
         return torch.addcmul(output, gamma, aligned)
 
     def extra_repr(self) -> str:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from el_convert.channels import repeat_channels, sum_channels
+from el_convert.channels import repeat_channels, repeat_gate, sum_channels
 from el_convert.functional import SignGradient, binarize_ste, prelu, scaled_sign, weight_scale
 from el_convert.nn import BinaryConv2d
 from el_convert.recipes import RECIPES
@@ -111,6 +111,17 @@ def test_channels_are_summed_and_repeated(
     )
     if channels > 1:  # one channel lies the same either way
         assert repeat_channels(narrow, dim, group).is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_expanding_gate_is_its_formula(layout: torch.memory_format) -> None:
+    output = torch.randn(2, 6, 3, 3, dtype=torch.float64).to(memory_format=layout)
+    input = torch.randn(2, 2, 3, 3, dtype=torch.float64).to(memory_format=layout)
+    for gamma in (torch.randn(6, 1, 1).double(), torch.randn(1, 1, 1).double()):
+        agree(
+            gradients(lambda y, g, x: repeat_gate(y, g, x, -3, 3), output, gamma, input),
+            gradients(lambda y, g, x: y + g * x.repeat_interleave(3, 1), output, gamma, input),
+        )
 
 
 @pytest.mark.parametrize(
