@@ -181,7 +181,8 @@ def weight_scale(weight: Tensor, *, groups: int = 1, transposed: bool = False) -
         return traced
     if transposed:  # to (C_out, C_in / G, ...)
         inputs, outputs = weight.shape[0] // groups, weight.shape[1]
-        weight = weight.reshape(groups, inputs, outputs, -1).transpose(1, 2).flatten(0, 1)
+        weight = weight.reshape(groups, inputs, outputs, -1).transpose(1, 2)
+        weight = weight.reshape(groups * outputs, -1)
     return weight.abs().mean(tuple(range(1, weight.dim())))
 
 

@@ -116,7 +116,7 @@ def test_link_after_the_norm_moves_it_inside(tmp_path: Path) -> None:
     plain = binarize(model, "plain")
     x = torch.randn(4, 3, 10, 10)
     before, after = plain[:3](x), binary[:3](x)
-    assert torch.allclose(after, before + binary[0](x), atol=1e-5)
+    assert torch.allclose(after, before + 3 * binary[0](x), atol=1e-5)  # gamma starts at 3
     save(binary, tmp_path / "bnn.pt")
     again = load(tmp_path / "bnn.pt", model=block())
     assert torch.equal(again.eval()(x), binary.eval()(x))
