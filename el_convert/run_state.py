@@ -52,6 +52,7 @@ class Position:
         epoch: from 0, over all steps.
         batch: of that epoch.
         rows: the epochs that are complete.
+        loss_sum: of this process's batches of the epoch so far.
     """
 
     epoch: int = 0

@@ -51,7 +51,8 @@ class TrainOptions:
         epochs: in each step of the training.
         steps: 2 trains with binary activations and real weights first; None as the recipe says.
         loss: "cross-entropy" with labels, "distribution" against a teacher (ReActNet), or "both";
-            None as the recipe says where there is a teacher, else labels.
+            None as the recipe says where there is a teacher, else labels. With a teacher,
+            "cross-entropy" means "both".
         opt: timm's name of the optimizer.
         lr: learning rate of the whole batch, over all processes.
         weight_decay: of float weights; latent weights and gates have none.
