@@ -99,10 +99,8 @@ class LabelledImages(Dataset[Sample]):
         return self
 
     def reopen(self) -> None:
-        """Forget an open tar file: processes that share one would move each other's place in it."""
-        state = getattr(self._reader, "tar_state", None)
-        if state is not None:
-            state.reset()
+        """Close an open tar file: processes that share one would move each other's place in it."""
+        _close(self._reader)
 
     def corrupt_names(self) -> list[str]:
         """Images found not to decode since the last call, by any worker, each as often as met."""
@@ -158,16 +156,16 @@ def find_splits(data: str | Path, validation: str | Path | None) -> tuple[Path, 
         validation: likewise; None looks for `val` beside `train`.
     """
     root = Path(data)
+    named = None if validation is None else split_of(validation)
     train = _subfolder(root, _TRAIN)
     if train is None:
-        return root, None if validation is None else split_of(validation, _VALIDATION)
-    beside = _subfolder(root, _VALIDATION)
-    return train, beside if validation is None else split_of(validation, _VALIDATION)
+        return root, named
+    return train, named or _subfolder(root, _VALIDATION)
 
 
-def split_of(data: str | Path, names: Sequence[str] = _VALIDATION) -> Path:
-    """The subfolder of one of these names, else `data` itself."""
-    return _subfolder(Path(data), names) or Path(data)
+def split_of(data: str | Path) -> Path:
+    """The subfolder to validate on where there is one, else `data` itself."""
+    return _subfolder(Path(data), _VALIDATION) or Path(data)
 
 
 def _subfolder(root: Path, names: Sequence[str]) -> Path | None:

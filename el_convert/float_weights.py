@@ -9,6 +9,7 @@ from torch import nn
 
 from el_convert.errors import TrainingError, first_few, first_line
 from el_convert.latent import binary_layers
+from el_convert.slopes import ChannelPReLU, RPReLU
 
 
 def load_float_weights(model: nn.Module, path: Path) -> str:
@@ -52,8 +53,6 @@ def load_float_weights(model: nn.Module, path: Path) -> str:
 
 def _of_conversion(model: nn.Module) -> set[str]:
     """Names that only the binarized network has."""
-    from el_convert.slopes import ChannelPReLU, RPReLU
-
     added: set[str] = set()
     for path, _ in binary_layers(model):
         added |= {f"{path}.link.gamma", f"{path}.threshold", f"{path}.learned_scale"}

@@ -102,7 +102,6 @@ class Stepper:
     def schedule(self, batches: int) -> None:
         """Set the schedule up for epochs of so many batches."""
         options = self.options
-        self.per_epoch = -(-batches // options.accumulate)
         usual = 1.0 if options.sched == "poly" else 0.1  # timm's own 0.1 is no linear decay
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
@@ -113,7 +112,7 @@ class Stepper:
             warmup_lr=options.warmup_lr,
             min_lr=options.min_lr,
             step_on_epochs=False,
-            updates_per_epoch=self.per_epoch,
+            updates_per_epoch=-(-batches // options.accumulate),
         )
 
     @property
@@ -204,7 +203,6 @@ def train_epoch(
     stepper: Stepper,
     loader: Iterable[Any],
     position: Position,
-    epoch: int,
     stop: StopRequest,
     watcher: Watcher,
     kept: Path,
@@ -215,7 +213,6 @@ def train_epoch(
         stepper: does the steps.
         loader: the batches left, at least one.
         position: where the run stands.
-        epoch: counted from the start of this step of training.
         stop: looked at after each update.
         watcher: told of each batch.
         kept: file that a message about divergence names.
@@ -228,7 +225,7 @@ def train_epoch(
     stepper.scheduler.step_update(stepper.updates)
     batches = position.batch + len(loader)  # type: ignore[arg-type]
     total = torch.tensor(position.loss_sum, dtype=torch.float64, device=stepper.device)
-    done = position.batch
+    done, mean = position.batch, math.nan
     for done, batch in enumerate(loader, position.batch + 1):
         # By itself, so that a run can go on at any batch.
         seed_all(mix_seed(options.seed, position.epoch, done, processes.rank))
@@ -238,16 +235,15 @@ def train_epoch(
             options.accumulate, batches - (done - 1) // options.accumulate * options.accumulate
         )
         total += stepper.step(images, labels, last=last, divisor=divisor)
+        mean = math.nan
         if done % _CHECK_EVERY == 0 or done == batches or stepper.device.type == "cpu":
             mean = float(processes.mean(total / done))
             if not math.isfinite(mean):
                 raise TrainingError(_diverged(position.epoch, done, kept))
-            watcher.batch_done(mean, len(images) * processes.world, stepper.lr)
-        else:
-            watcher.batch_done(math.nan, len(images) * processes.world, stepper.lr)
+        watcher.batch_done(mean, len(images) * processes.world, stepper.lr)
         if last and done < batches and processes.any(stop.made, stepper.device):
             return Reached(replace(position, batch=done, loss_sum=float(total)), False, math.nan)
-    return Reached(replace(position, batch=done), True, float(processes.mean(total / done)))
+    return Reached(replace(position, batch=done), True, mean)
 
 
 def _diverged(epoch: int, batch: int, kept: Path) -> str:

@@ -25,7 +25,7 @@ from el_convert.datasets import (
 )
 from el_convert.errors import TrainingError
 from el_convert.evaluation import Evaluation, class_count, evaluate
-from el_convert.latent import binary_layers, set_binary_weights
+from el_convert.latent import set_binary_weights
 from el_convert.objective import Objective
 from el_convert.packed import PackedConv
 from el_convert.processes import Processes
@@ -192,8 +192,6 @@ class _Run:
                 f"{self.folder} holds a run: go on with --resume, or name another folder with --run"
             )
         board = None
-        for _, layer in binary_layers(self.model):
-            layer.train()
         with StopRequest() as stop:
             for step in range(self._step_of(position), self.steps):
                 set_binary_weights(self.model, step == self.steps - 1)
@@ -246,10 +244,7 @@ class _Run:
         batches = len(self.loader)
         self.watcher.epoch_starts(position.epoch, self.epochs, step + 1, batches)
         started = time.perf_counter()
-        local_epoch = position.epoch - step * options.epochs
-        reached = train_epoch(
-            stepper, self.loader, position, local_epoch, stop, self.watcher, self.state
-        )
+        reached = train_epoch(stepper, self.loader, position, stop, self.watcher, self.state)
         corrupt = self.images.corrupt_names()
         for name in sorted({*corrupt} - self.told):
             self.watcher.corrupt_image(name)

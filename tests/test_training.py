@@ -26,7 +26,7 @@ from el_convert.latent import binary_layers
 from el_convert.packing import pack
 from el_convert.run_state import EpochRow
 from el_convert.train_options import TrainOptions
-from el_convert.training import Trained, train
+from el_convert.training import train
 from el_convert.watcher import Watcher
 
 STATES = {
@@ -321,4 +321,3 @@ def _handlers_are_put_back() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
     assert signal.getsignal(signal.SIGTERM) == before
-    _ = Trained
