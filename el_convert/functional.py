@@ -13,10 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from el_convert.kernels import passes
+
 SignGradient = Literal["approx", "clip"]
 
 
 def _sign(input: Tensor) -> Tensor:
+    if passes.runs_native(input):
+        return passes.sign(input)
     # Three passes in place: many times faster than torch.where, and the same for NaN, which is -1.
     return input.sign().sub_(0.5).sign_()
 
@@ -36,6 +40,8 @@ class _SignSTE(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (input,) = ctx.saved_tensors
+        if passes.runs_native(input, grads[0]):
+            return passes.sign_grad(input, grads[0], ctx.gradient == "clip"), None
         return sign_surrogate(input, ctx.gradient).mul_(grads[0]), None
 
 
@@ -44,31 +50,47 @@ class _ScaledSign(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        latent: Tensor, scale: Tensor, gradient: SignGradient, through_mean: bool
-    ) -> Tensor:
-        return _sign(latent).mul_(scale)
+        latent: Tensor, scale: Tensor | None, gradient: SignGradient, through_mean: bool
+    ) -> tuple[Tensor, Tensor]:
+        if passes.runs_native(latent):
+            return passes.scaled_sign(latent, scale)
+        scale = weight_scale(latent) if scale is None else scale.clone()
+        return _sign(latent).mul_(_beside(scale, latent)), scale
 
     @staticmethod
     def setup_context(
-        ctx: Any, inputs: tuple[Tensor, Tensor, SignGradient, bool], output: Tensor
+        ctx: Any,
+        inputs: tuple[Tensor, Tensor | None, SignGradient, bool],
+        output: tuple[Tensor, Tensor],
     ) -> None:
-        latent, scale, ctx.gradient, ctx.through_mean = inputs
-        ctx.save_for_backward(latent, scale, output)
+        latent, _, ctx.gradient, ctx.through_mean = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(latent, output[1], output[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         latent, scale, output = ctx.saved_tensors
-        gradient = sign_surrogate(latent, ctx.gradient).mul_(scale).mul_(grads[0])
-        if not (ctx.through_mean or ctx.needs_input_grad[1]):
+        wanted = ctx.needs_input_grad[1]
+        if passes.runs_native(latent, grads[0]):
+            clip, through_mean = ctx.gradient == "clip", ctx.through_mean
+            both = passes.scaled_sign_grad(latent, scale, grads[0], clip, through_mean)
+            return both[0], both[1] if wanted else None, None, None
+        wide = _beside(scale, latent)
+        gradient = sign_surrogate(latent, ctx.gradient).mul_(wide).mul_(grads[0])
+        if not (ctx.through_mean or wanted):
             return gradient, None, None, None
         inner = tuple(range(1, latent.dim()))
         # The output is sign times scale, saved by the convolution anyway: divided once per channel.
-        inverse = torch.where(scale == 0, scale, 1 / scale)
+        inverse = torch.where(wide == 0, wide, 1 / wide)
         of_scale = (grads[0] * output).sum(inner, keepdim=True).mul_(inverse)
         if not ctx.through_mean:
-            return gradient, of_scale, None, None
+            return gradient, of_scale.view_as(scale), None, None
         count = latent[0].numel()
         return gradient.addcmul_(output, of_scale.mul_(inverse).div_(count)), None, None, None
+
+
+def _beside(scale: Tensor, weight: Tensor) -> Tensor:
+    return scale.view(-1, *[1] * (weight.dim() - 1))
 
 
 def binarize_ste(input: Tensor, gradient: SignGradient = "approx") -> Tensor:
@@ -122,10 +144,10 @@ def sign_surrogate(input: Tensor, gradient: SignGradient) -> Tensor:
 
 def scaled_sign(
     latent: Tensor,
-    scale: Tensor,
+    scale: Tensor | None = None,
     gradient: SignGradient = "clip",
     *,
-    through_mean: bool = False,
+    through_mean: bool = True,
 ) -> Tensor:
     r"""A binary weight with its scale multiplied in, which training convolves with.
 
@@ -136,9 +158,9 @@ def scaled_sign(
 
     Args:
         latent: L, (C_out, ...).
-        scale: s, (C_out,).
+        scale: s, (C_out,); `weight_scale(latent)` where None.
         gradient: surrogate of the sign's gradient; see `sign_surrogate`.
-        through_mean: `scale` is `weight_scale(latent)`: its gradient goes to `latent`.
+        through_mean: whether that mean's gradient goes to `latent`, where `scale` is None.
 
     Returns:
         The shape of `latent`.
@@ -153,9 +175,8 @@ def scaled_sign(
             scaled_sign, (latent,), latent, scale, gradient, **options
         )
         return traced
-    scale = scale.view(-1, *[1] * (latent.dim() - 1))
-    apply: Callable[..., Tensor] = _ScaledSign.apply
-    return apply(latent, scale.detach() if through_mean else scale, gradient, through_mean)
+    apply: Callable[..., tuple[Tensor, Tensor]] = _ScaledSign.apply
+    return apply(latent, scale, gradient, through_mean and scale is None)[0]
 
 
 def weight_scale(weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
@@ -229,6 +250,8 @@ class _PReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         input, slope = ctx.saved_tensors
+        if passes.runs_native(input, grads[0]):
+            return passes.prelu_grad(input, slope, grads[0])
         above: Tensor = torch.ops.aten.threshold_backward(grads[0], input, 0)
         below = grads[0] - above
         above.addcmul_(slope.view(-1, *[1] * (input.dim() - 2)), below)
@@ -306,44 +329,3 @@ def same_padding(
         total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
         pads = [total // 2, total - total // 2, *pads]
     return pads
-
-
-def pack_bits(values: Tensor) -> Tensor:
-    """Signs along the last dimension as bits: 1 where a value is above 0.
-
-    Value k is bit k % 8, the least significant first, of byte k // 8. The last byte's unused bits
-    are 0.
-
-    Args:
-        values: (..., K), any real dtype.
-
-    Returns:
-        (..., ceil(K / 8)) uint8
-
-    Example:
-        >>> pack_bits(torch.tensor([1.0, -1.0, 1.0, 0.0, -2.0, -0.0, 0.5, 3.0, 1.0]))
-        tensor([197,   1], dtype=torch.uint8)
-    """
-    bits = F.pad((values > 0).to(torch.uint8), (0, -values.shape[-1] % 8))
-    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=values.device)
-    return (bits.view(*bits.shape[:-1], -1, 8) * places).sum(-1, dtype=torch.uint8)
-
-
-def unpack_bits(bits: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The inverse of `pack_bits`: +1 for a bit that is set, else -1.
-
-    Args:
-        bits: (..., ceil(K / 8)) uint8
-        count: K.
-        dtype: of the result.
-
-    Returns:
-        (..., K)
-
-    Example:
-        >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), 3)
-        tensor([ 1., -1.,  1.])
-    """
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    single = (bits.unsqueeze(-1) >> shifts) & 1
-    return single.flatten(-2)[..., :count].to(dtype) * 2 - 1

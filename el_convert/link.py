@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from el_convert.channels import repeat_channels, repeat_gate, sum_channels
+from el_convert.channels import gate, repeat_channels, squeeze_gate, sum_channels
 from el_convert.recipes import LinkOptions
 
 _POOLS: dict[str, tuple[Callable[..., Tensor], ...]] = {
@@ -261,11 +261,19 @@ class ElasticLink(nn.Module):
         if self.gamma is None:
             return output + self.options.gamma_init * self._align_channels(spaced)
         gamma = self.gamma.view(-1, *[1] * len(self.geometry.stride))
-        count, rest = divmod(self.geometry.out_channels, self.geometry.in_channels)
-        if self.training and count > 1 and not rest and self.options.expand == "repeat":
-            return repeat_gate(output, gamma, spaced, -gamma.dim(), count)
-        aligned = self._align_channels(spaced)
-        return torch.addcmul(output, gamma, aligned)
+        if not self.training:
+            return torch.addcmul(output, gamma, self._align_channels(spaced))
+        return self._fused(output, gamma, spaced)
+
+    def _fused(self, output: Tensor, gamma: Tensor, input: Tensor) -> Tensor:
+        """Channels matched, scaled and added in one function, where there is one."""
+        have, want = self.geometry.in_channels, self.geometry.out_channels
+        if self.options.expand == "repeat" and have < want and want % have == 0:
+            return gate(output, gamma, input, -gamma.dim(), want // have)
+        if self.options.squeeze != "slice" and have > want and have % want == 0:
+            factor = want / have if self.options.squeeze == "mean" else 1.0
+            return squeeze_gate(output, gamma, input, -gamma.dim(), factor)
+        return gate(output, gamma, self._align_channels(input), -gamma.dim())
 
     def extra_repr(self) -> str:
         channels = f"{self.geometry.in_channels} -> {self.geometry.out_channels}"

@@ -278,23 +278,24 @@ class BinaryConv(BinaryLayer, OneBitConv, _ConvNd):
         weight = latent = self.latent_weight()
         if not self.recipe.weight.binary and self.recipe.input.scale == "none":
             return self._apply_kernel(self._binary_input(input), latent, self.bias, output_size)
-        scale = self.output_scale(latent)
-        if self._folds_scale() and scale is not None:
-            weight = self._scaled_weight(latent, scale)
+        if self._folds_scale():
+            weight = self._scaled_weight(latent)
             return self._apply_kernel(self._binary_input(input), weight, self.bias, output_size)
         if self.recipe.weight.binary:
             weight = binarize_ste(latent, self.recipe.weight.gradient)
-        return self._scaled(input, weight, scale, output_size)
+        return self._scaled(input, weight, self.output_scale(latent), output_size)
 
     def _folds_scale(self) -> bool:
         # In eval the signs are summed first, exactly, as packed layers do; in training as well
         # where a sum of exactly 0 may go to the next sign as it is.
         moved = self.link is not None or self.bias is not None or self.norm is not None
         exact = not moved or self.transposed or self.recipe.input.scale == "xnor"
-        return self.training and not exact
+        weight = self.recipe.weight
+        return self.training and not exact and weight.binary and weight.scale != "none"
 
-    def _scaled_weight(self, latent: Tensor, scale: Tensor) -> Tensor:
+    def _scaled_weight(self, latent: Tensor) -> Tensor:
         options = self.recipe.weight
+        scale = self.learned_scale if options.scale == "learned" else None
         return scaled_sign(latent, scale, options.gradient, through_mean=options.scale == "mean")
 
     def _apply_kernel(

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from el_convert.bits import pack_bits, unpack_bits
 from el_convert.errors import ConversionError
 from el_convert.fast_path import FastPath
-from el_convert.functional import pack_bits, pad_same, same_padding, unpack_bits
+from el_convert.functional import pad_same, same_padding
 from el_convert.kernels import ConvGeometry, binary_conv2d
 from el_convert.nn import BinaryConv, OneBitConv, transposed_convolution
 from el_convert.tail import Tail, fold_norm, foldable, normalized

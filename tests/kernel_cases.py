@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from el_convert.functional import pack_bits
+from el_convert.bits import pack_bits
 from el_convert.kernels import ConvGeometry, engine, engine_notice
 from el_convert.kernels.native import NativeConv
 from el_convert.nn import BinaryConv2d

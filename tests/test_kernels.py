@@ -31,7 +31,7 @@ from kernel_cases import (
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from el_convert.functional import pack_bits
+from el_convert.bits import pack_bits
 from el_convert.kernels import ConvGeometry, Engine, binary_conv2d, reference_conv2d
 from el_convert.kernels.native import Epilogue
 from el_convert.nn import BinaryConv2d

@@ -15,8 +15,8 @@ from models import CASES, Case, flat_tensors
 from torch import Tensor, nn
 
 from el_convert import RECIPES, binarize, summarize
+from el_convert.bits import pack_bits, unpack_bits
 from el_convert.errors import ConversionError
-from el_convert.functional import pack_bits, unpack_bits
 from el_convert.nn import (
     BinaryConv1d,
     BinaryConv2d,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from el_convert.channels import repeat_channels, repeat_gate, sum_channels
+from el_convert.channels import gate, repeat_channels, sum_channels
 from el_convert.functional import SignGradient, binarize_ste, prelu, scaled_sign, weight_scale
 from el_convert.nn import BinaryConv2d
 from el_convert.recipes import RECIPES
@@ -59,7 +59,7 @@ def test_the_gradient_of_a_mean_scale_reaches_the_latent_weight(
         return binarize_ste(latent, "clip") * weight_scale(latent).view(-1, 1, 1, 1)
 
     def fused(latent: Tensor) -> Tensor:
-        return scaled_sign(latent, weight_scale(latent), through_mean=True)
+        return scaled_sign(latent)
 
     agree(gradients(fused, latent), gradients(product, latent))
 
@@ -119,7 +119,7 @@ def test_the_expanding_gate_is_its_formula(layout: torch.memory_format) -> None:
     input = torch.randn(2, 2, 3, 3, dtype=torch.float64).to(memory_format=layout)
     for gamma in (torch.randn(6, 1, 1).double(), torch.randn(1, 1, 1).double()):
         agree(
-            gradients(lambda y, g, x: repeat_gate(y, g, x, -3, 3), output, gamma, input),
+            gradients(lambda y, g, x: gate(y, g, x, -3, 3), output, gamma, input),
             gradients(lambda y, g, x: y + g * x.repeat_interleave(3, 1), output, gamma, input),
         )
 

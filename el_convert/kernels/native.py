@@ -30,7 +30,7 @@ from torch import Tensor
 from el_convert.kernels.buffers import MapPool, shared_pool
 from el_convert.kernels.geometry import ConvGeometry
 
-ABI = 4
+ABI = 5
 LINK_KINDS = ("none", "identity", "expand", "mean", "sum")
 ACTIVATION_KINDS = ("none", "clamp", "prelu")
 INSTRUCTION_SET_VARIABLE = "EL_CONVERT_ISA"
@@ -137,6 +137,7 @@ class Engine:
         library.el_destroy.restype = None
         library.el_run.argtypes = [c_void_p, c_void_p, c_void_p]
         library.el_pool_run.argtypes = [c_void_p, c_void_p, c_char_p]
+        library.el_pass_run.argtypes = [c_void_p, c_char_p]
         library.el_peak.restype = c_double
         library.el_peak.argtypes = [c_char_p, ctypes.c_int]
         library.el_set_parallel.argtypes = [c_void_p]
@@ -199,6 +200,10 @@ class Engine:
         if self._library.el_pool_run(byref(epilogue.native), byref(call), name):
             raise MemoryError("the pooling could not get its scratch memory")
         return output
+
+    def run_pass(self, pass_address: int) -> None:
+        """Run an `el_pass`, see `engine.h`."""
+        self._library.el_pass_run(pass_address, self.isa.encode() if self.isa else None)
 
     def peak(self, isa: str | None = None, rounds: int = 1000) -> float:
         """Multiply-adds per second of the innermost loop alone, one thread, best of `rounds`."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from el_convert.functional import binarize_ste, unpack_bits
+from el_convert.bits import unpack_bits
 from el_convert.kernels.geometry import ConvGeometry
 
 
@@ -35,7 +35,7 @@ def reference_conv2d(
     if threshold is not None:
         input = input - threshold.to(input.dtype).view(-1, 1, 1)
     top, bottom, left, right = geometry.padding
-    signs = binarize_ste(input)
+    signs = (input > 0).to(input.dtype).mul_(2).sub_(1)
     padding: tuple[int, int] = (top, left)
     if (top, left) != (bottom, right):
         signs, padding = F.pad(signs, (left, right, top, bottom)), (0, 0)

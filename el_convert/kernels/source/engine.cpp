@@ -19,15 +19,6 @@ const int kIsaCount = 5;
 const int kNarrow = 32;  // output channels that fill half of the widest vector
 const int64_t kStripBytes = 128 * 1024;  // of scratch: well inside a second-level cache
 
-typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
-Parallel parallel = nullptr;
-
-const Isa *find_isa(const char *name) {
-    for (int i = 0; i < kIsaCount; i++)
-        if (kIsas[i]->available() && (!name || !strcmp(name, kIsas[i]->name))) return kIsas[i];
-    return nullptr;
-}
-
 // The best for a convolution's outputs, where none is asked for by name.
 const Isa *choose_isa(const char *name, int outputs, bool depthwise) {
     const Isa *best = find_isa(name);
@@ -245,6 +236,14 @@ void pool_through(void *data) {
 }
 
 }  // namespace
+
+Parallel parallel = nullptr;
+
+const Isa *find_isa(const char *name) {
+    for (int i = 0; i < kIsaCount; i++)
+        if (kIsas[i]->available() && (!name || !strcmp(name, kIsas[i]->name))) return kIsas[i];
+    return nullptr;
+}
 
 Tables::Tables() {
     for (int pair = 0; pair < 256; pair++)

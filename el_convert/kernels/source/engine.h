@@ -10,7 +10,7 @@
 #define EL_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define EL_ABI 4
+#define EL_ABI 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -66,6 +66,35 @@ typedef struct {
     int32_t threads, reserved;
 } el_pool;
 
+enum el_pass_kind {
+    EL_PASS_SIGN,              // out = b(x), +1 where x > 0, else -1
+    EL_PASS_SIGN_GRAD,         // out = s(x) g, s the surrogate of the sign's derivative
+    EL_PASS_SCALED_SIGN,       // out = vector b(x); without a vector sums = mean |x| is the vector
+    EL_PASS_SCALED_SIGN_GRAD,  // sums = sum of b(x) g; out = s(x) vector g (+ b(x) sums / inner)
+    EL_PASS_PRELU_GRAD,        // out = g where x > 0, else vector g; sums of min(x, 0) g
+    EL_PASS_EXPAND,            // out = g + vector repeat(x)
+    EL_PASS_EXPAND_GRAD,       // of the second term: out = sum of vector g; sums of repeat(x) g
+    EL_PASS_SQUEEZE,           // out = g + vector s(x), s(x) = factor sum(x) goes to `sums`
+    EL_PASS_SQUEEZE_GRAD       // x is s(x): out = factor vector repeat(g); sums of x g
+};
+
+// A pass over memory of a training step, over maps (outer, channels, inner) of float32, `block`
+// of the outer at a time. Signs take every number for an outer; scaled signs have a channel for
+// each outer, and one value in `vector` and `sums`; others have `vector` per channel, and `sums`
+// (blocks, channels). Repeating and summing is of `count` neighbouring channels; `channels` are
+// those of g.
+typedef struct {
+    const float *x, *g, *vector;
+    float *out, *sums;
+    int64_t outer, channels, inner, block;
+    int32_t kind;
+    int32_t clip;          // s(x) is 1 where |x| <= 1, else 0; otherwise max(2 - 2 |x|, 0)
+    int32_t through_mean;  // the vector of EL_PASS_SCALED_SIGN_GRAD is mean |x|
+    int32_t threads;
+    int32_t count;
+    float factor;
+} el_pass;
+
 EL_EXPORT int el_abi(void);
 
 // Names of the instruction sets this build knows and this machine runs, best first.
@@ -82,6 +111,9 @@ EL_EXPORT int el_run(const void *convolution, const el_epilogue *epilogue, const
 // 0, or -1 where there is no memory or the instruction set is unknown (null: the best). Every
 // window must see the map.
 EL_EXPORT int el_pool_run(const el_epilogue *epilogue, const el_pool *pool, const char *isa);
+
+// 0, or -1 where the instruction set is unknown (null: the best).
+EL_EXPORT int el_pass_run(const el_pass *pass, const char *isa);
 
 // The innermost loop alone, on operands that stay in the first-level cache: multiply-adds per
 // second, the best of `rounds` timed ones.

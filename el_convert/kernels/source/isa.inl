@@ -4,3 +4,4 @@
 #include "epilogue.inl"
 #include "strip.inl"
 #include "pool.inl"
+#include "passes.inl"

@@ -80,6 +80,7 @@ struct Isa {
     void (*strip)(const Work &work, const Strip &strip, uint8_t *scratch);
     void (*pool)(const el_epilogue &epilogue, const el_pool &pool, int64_t image, int64_t begin,
                  int64_t end, float *rows);
+    void (*pass)(const el_pass &pass, int64_t begin, int64_t end);
     double (*peak)(int rounds);
 };
 
@@ -92,6 +93,13 @@ struct alignas(64) Tables {
 
 extern const Tables kTables;
 extern const Isa kAvx512Vpopcntdq, kAvx512, kAvx2, kNeon, kPortable;
+
+// Runs a function on so many threads of torch's; null where torch's pool is not known.
+typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
+extern Parallel parallel;
+
+// By name, or the best where that is null; null where this machine has none of that name.
+const Isa *find_isa(const char *name);
 
 Scratch scratch_layout(const Convolution &conv, const Strip &strip);
 
