@@ -96,7 +96,7 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(output: Tensor, gamma: Tensor, input: Tensor, dim: int, count: int) -> Tensor:
-        if dim == 1 and passes.runs_native(output, gamma, input):
+        if count > 1 and dim == 1 and passes.runs_native(output, gamma, input):
             return passes.expand(output, gamma, input)
         return torch.addcmul(output, gamma, _copies(input, dim, count))
 

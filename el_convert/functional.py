@@ -42,7 +42,29 @@ class _SignSTE(torch.autograd.Function):
         (input,) = ctx.saved_tensors
         if passes.runs_native(input, grads[0]):
             return passes.sign_grad(input, grads[0], ctx.gradient == "clip"), None
-        return sign_surrogate(input, ctx.gradient).mul_(grads[0]), None
+        return sign_surrogate(input, ctx.gradient) * grads[0], None
+
+
+class _Fork(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, gradient: SignGradient) -> tuple[Tensor, Tensor]:
+        return _sign(input), input.view_as(input)
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, SignGradient], output: tuple[Tensor, Tensor]
+    ) -> None:
+        input, ctx.gradient = inputs
+        ctx.save_for_backward(input)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (input,) = ctx.saved_tensors
+        if passes.runs_native(input, *grads):
+            return passes.sign_grad(input, grads[0], ctx.gradient == "clip", grads[1]), None
+        return (sign_surrogate(input, ctx.gradient) * grads[0]).add_(grads[1]), None
 
 
 class _ScaledSign(torch.autograd.Function):
@@ -76,7 +98,8 @@ class _ScaledSign(torch.autograd.Function):
             both = passes.scaled_sign_grad(latent, scale, grads[0], clip, through_mean)
             return both[0], both[1] if wanted else None, None, None
         wide = _beside(scale, latent)
-        gradient = sign_surrogate(latent, ctx.gradient).mul_(wide).mul_(grads[0])
+        # Not in place: for gradients of each sample, the last factor alone may be batched.
+        gradient = sign_surrogate(latent, ctx.gradient).mul_(wide) * grads[0]
         if not (ctx.through_mean or wanted):
             return gradient, None, None, None
         inner = tuple(range(1, latent.dim()))
@@ -86,7 +109,8 @@ class _ScaledSign(torch.autograd.Function):
         if not ctx.through_mean:
             return gradient, of_scale.view_as(scale), None, None
         count = latent[0].numel()
-        return gradient.addcmul_(output, of_scale.mul_(inverse).div_(count)), None, None, None
+        share = of_scale.mul_(inverse).div_(count)
+        return torch.addcmul(gradient, output, share), None, None, None
 
 
 def _beside(scale: Tensor, weight: Tensor) -> Tensor:
@@ -122,6 +146,24 @@ def binarize_ste(input: Tensor, gradient: SignGradient = "approx") -> Tensor:
         traced: Tensor = handle_torch_function(binarize_ste, (input,), input, gradient)
         return traced
     apply: Callable[[Tensor, SignGradient], Tensor] = _SignSTE.apply
+    return apply(input, gradient)
+
+
+def sign_and_pass(input: Tensor, gradient: SignGradient = "approx") -> tuple[Tensor, Tensor]:
+    """`binarize_ste(input)`, and the input for what else reads it: the gate.
+
+    Both gradients are then added in the pass that computes the first.
+
+    Args:
+        input: any floating-point tensor.
+        gradient: see `binarize_ste`.
+
+    Returns:
+        Two tensors of the shape of `input`.
+    """
+    if has_torch_function_unary(input) or torch.compiler.is_compiling():
+        return binarize_ste(input, gradient), input
+    apply: Callable[[Tensor, SignGradient], tuple[Tensor, Tensor]] = _Fork.apply
     return apply(input, gradient)
 
 
@@ -254,7 +296,7 @@ class _PReLU(torch.autograd.Function):
             return passes.prelu_grad(input, slope, grads[0])
         above: Tensor = torch.ops.aten.threshold_backward(grads[0], input, 0)
         below = grads[0] - above
-        above.addcmul_(slope.view(-1, *[1] * (input.dim() - 2)), below)
+        above = torch.addcmul(above, slope.view(-1, *[1] * (input.dim() - 2)), below)
         dims = [dim for dim in range(input.dim()) if dim != 1 or slope.numel() == 1]
         return above, below.mul_(input).sum(dims).view_as(slope)
 

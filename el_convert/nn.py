@@ -18,6 +18,7 @@ from el_convert.errors import ConversionError
 from el_convert.functional import (
     binarize_ste,
     scaled_sign,
+    sign_and_pass,
     weight_scale,
     xnor_activation_scale,
 )
@@ -66,6 +67,13 @@ class OneBitLayer(nn.Module):
             input = input - self._channelwise(self.threshold)
         return binarize_ste(input, self.recipe.input.gradient)
 
+    def _signs(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """What the convolution reads, and the input for what else reads it."""
+        fused = self.training and self.link is not None and self.threshold is None
+        if fused and self.recipe.input.binary:
+            return sign_and_pass(input, self.recipe.input.gradient)
+        return self._binary_input(input), input
+
     def _finish(self, input: Tensor, output: Tensor) -> Tensor:
         """What follows the convolution: a norm that moved inside, then the gate."""
         if self.norm is not None:
@@ -79,12 +87,13 @@ class OneBitConv(OneBitLayer):
     def _scaled(
         self,
         input: Tensor,
+        signs: Tensor,
         weight: Tensor,
         scale: Tensor | None,
         output_size: Sequence[int] | None,
     ) -> Tensor:
         """The convolution of the input's signs, its scales and its bias."""
-        output = self._apply_kernel(self._binary_input(input), weight, None, output_size)
+        output = self._apply_kernel(signs, weight, None, output_size)
         if scale is not None:
             output = output * self._channelwise(scale)
         if self.recipe.input.scale == "xnor":
@@ -274,16 +283,18 @@ class BinaryConv(BinaryLayer, OneBitConv, _ConvNd):
     def _mean_scale(self, weight: Tensor) -> Tensor:
         return weight_scale(weight, groups=self.groups, transposed=self.transposed)
 
-    def _binary_output(self, input: Tensor, output_size: Sequence[int] | None) -> Tensor:
+    def _binary_output(
+        self, input: Tensor, signs: Tensor, output_size: Sequence[int] | None
+    ) -> Tensor:
         weight = latent = self.latent_weight()
         if not self.recipe.weight.binary and self.recipe.input.scale == "none":
-            return self._apply_kernel(self._binary_input(input), latent, self.bias, output_size)
+            return self._apply_kernel(signs, latent, self.bias, output_size)
         if self._folds_scale():
             weight = self._scaled_weight(latent)
-            return self._apply_kernel(self._binary_input(input), weight, self.bias, output_size)
+            return self._apply_kernel(signs, weight, self.bias, output_size)
         if self.recipe.weight.binary:
             weight = binarize_ste(latent, self.recipe.weight.gradient)
-        return self._scaled(input, weight, self.output_scale(latent), output_size)
+        return self._scaled(input, signs, weight, self.output_scale(latent), output_size)
 
     def _folds_scale(self) -> bool:
         # In eval the signs are summed first, exactly, as packed layers do; in training as well
@@ -309,7 +320,8 @@ class BinaryConv(BinaryLayer, OneBitConv, _ConvNd):
         return output
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        return self._finish(input, self._binary_output(input, output_size))
+        signs, input = self._signs(input)
+        return self._finish(input, self._binary_output(input, signs, output_size))
 
     def extra_repr(self) -> str:
         convolution: str = super().extra_repr()  # type: ignore[no-untyped-call]

@@ -190,7 +190,8 @@ class PackedConv(OneBitConv):
         if not (torch.compiler.is_compiling() or torch._C._is_tracing()):
             self._check_channels(input)
         weight = self.bits if self._by_operator(input) else self.signs(input.dtype)
-        return self._finish(input, self._scaled(input, weight, self.scale, output_size))
+        signs = self._binary_input(input)
+        return self._finish(input, self._scaled(input, signs, weight, self.scale, output_size))
 
     def _check_channels(self, input: Tensor) -> None:
         dims = len(self.kernel_size)

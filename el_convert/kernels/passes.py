@@ -30,7 +30,7 @@ _FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d
 _library = torch.library.Library("el_convert", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _schema in (
     "sign(Tensor x) -> Tensor",
-    "sign_grad(Tensor x, Tensor grad, bool clip) -> Tensor",
+    "sign_grad(Tensor x, Tensor grad, bool clip, Tensor? other) -> Tensor",
     "scaled_sign(Tensor x, Tensor? scale) -> (Tensor, Tensor)",
     "scaled_sign_grad(Tensor x, Tensor scale, Tensor grad, bool clip, bool through_mean) -> "
     "(Tensor, Tensor)",
@@ -58,9 +58,9 @@ def sign(x: Tensor) -> Tensor:
     return out
 
 
-def sign_grad(x: Tensor, grad: Tensor, clip: bool) -> Tensor:
-    """`grad` times the surrogate of the sign's derivative at x, all of one shape."""
-    out: Tensor = torch.ops.el_convert.sign_grad(x, grad, clip)
+def sign_grad(x: Tensor, grad: Tensor, clip: bool, other: Tensor | None = None) -> Tensor:
+    """`grad` times the surrogate of the sign's derivative at x, plus `other`; all of one shape."""
+    out: Tensor = torch.ops.el_convert.sign_grad(x, grad, clip, other)
     return out
 
 
@@ -175,10 +175,11 @@ def _sign(x: Tensor) -> Tensor:
 
 
 @torch.library.impl(_library, "sign_grad", "CPU")
-def _sign_grad(x: Tensor, grad: Tensor, clip: bool) -> Tensor:
+def _sign_grad(x: Tensor, grad: Tensor, clip: bool, other: Tensor | None) -> Tensor:
     x, grad, layout = _alike(x, grad)
+    other = None if other is None else other.contiguous(memory_format=layout)
     out = torch.empty_like(x, memory_format=layout)
-    _run("sign_grad", {**_numbers(x), "clip": clip}, x=x, g=grad, out=out)
+    _run("sign_grad", {**_numbers(x), "clip": clip}, x=x, g=grad, vector=other, out=out)
     return out
 
 

@@ -68,7 +68,7 @@ typedef struct {
 
 enum el_pass_kind {
     EL_PASS_SIGN,              // out = b(x), +1 where x > 0, else -1
-    EL_PASS_SIGN_GRAD,         // out = s(x) g, s the surrogate of the sign's derivative
+    EL_PASS_SIGN_GRAD,         // out = s(x) g (+ vector), s the surrogate of the sign's derivative
     EL_PASS_SCALED_SIGN,       // out = vector b(x); without a vector sums = mean |x| is the vector
     EL_PASS_SCALED_SIGN_GRAD,  // sums = sum of b(x) g; out = s(x) vector g (+ b(x) sums / inner)
     EL_PASS_PRELU_GRAD,        // out = g where x > 0, else vector g; sums of min(x, 0) g
@@ -79,7 +79,7 @@ enum el_pass_kind {
 };
 
 // A pass over memory of a training step, over maps (outer, channels, inner) of float32, `block`
-// of the outer at a time. Signs take every number for an outer; scaled signs have a channel for
+// of the outer at a time. Signs take every number, of their vector too, for an outer; scaled signs have a channel for
 // each outer, and one value in `vector` and `sums`; others have `vector` per channel, and `sums`
 // (blocks, channels). Repeating and summing is of `count` neighbouring channels; `channels` are
 // those of g.

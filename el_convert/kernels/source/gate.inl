@@ -19,6 +19,14 @@ static inline void repeat(const float *x, int64_t channels, float *__restrict co
         for (int k = 0; k < kCount; k++) copies[c * kCount + k] = x[c];
 }
 
+// The same, or x itself.
+template <int kCount>
+static inline const float *repeated(const float *x, int64_t channels, float *memory) {
+    if (kCount == 1) return x;
+    repeat<kCount>(x, channels, memory);
+    return memory;
+}
+
 template <int kCount>
 static inline void sum_neighbours(const float *x, int64_t channels, float *__restrict sums) {
     for (int64_t c = 0; c < channels; c++) {
@@ -34,12 +42,12 @@ struct Expand {
     enum { kMap = 0 };
     template <int kCount>
     static inline void pixel(const GateRow &r) {
-        float copies[kCopies];
+        float memory[kCopies];
         for (int64_t from = 0; from < r.channels; from += kCopies) {
             const int64_t size = min64(r.channels - from, kCopies);
             const float *g = r.g + from, *gamma = r.gamma + from;
             float *__restrict out = r.out + from;
-            repeat<kCount>(r.x + from / kCount, size / kCount, copies);
+            const float *copies = repeated<kCount>(r.x + from / kCount, size / kCount, memory);
             for (int64_t k = 0; k < size; k++) out[k] = g[k] + gamma[k] * copies[k];
         }
     }
@@ -58,17 +66,19 @@ struct ExpandGrad {
     enum { kMap = 0 };
     template <int kCount>
     static inline void pixel(const GateRow &r) {
-        float copies[kCopies], products[kCopies];
+        float memory[kCopies], products[kCopies];
         for (int64_t from = 0; from < r.channels; from += kCopies) {
             const int64_t size = min64(r.channels - from, kCopies);
             const float *g = r.g + from, *gamma = r.gamma + from;
             float *__restrict sums = r.sums + from;
-            repeat<kCount>(r.x + from / kCount, size / kCount, copies);
+            const float *copies = repeated<kCount>(r.x + from / kCount, size / kCount, memory);
+            float *__restrict scaled = kCount == 1 ? r.out + from : products;
             for (int64_t k = 0; k < size; k++) {
-                products[k] = gamma[k] * g[k];
+                scaled[k] = gamma[k] * g[k];
                 sums[k] += copies[k] * g[k];
             }
-            sum_neighbours<kCount>(products, size / kCount, r.out + from / kCount);
+            if (kCount > 1)
+                sum_neighbours<kCount>(products, size / kCount, r.out + from / kCount);
         }
     }
     static inline void planes(const GateRow &r) {

@@ -54,7 +54,11 @@ template <bool kClip>
 static void pass_sign_grad(const el_pass &pass, int64_t begin, int64_t end) {
     const float *x = pass.x, *g = pass.g;
     float *__restrict out = pass.out;
-    for (int64_t i = begin; i < end; i++) out[i] = surrogate<kClip>(x[i]) * g[i];
+    const float *other = pass.vector;
+    if (other)
+        for (int64_t i = begin; i < end; i++) out[i] = surrogate<kClip>(x[i]) * g[i] + other[i];
+    else
+        for (int64_t i = begin; i < end; i++) out[i] = surrogate<kClip>(x[i]) * g[i];
 }
 
 static void pass_scaled_sign(const el_pass &pass, int64_t begin, int64_t end) {
