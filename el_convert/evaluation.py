@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from el_convert.datasets import to_device
 from el_convert.errors import TrainingError
 from el_convert.objective import logits_of
+from el_convert.processes import Processes
 from el_convert.train_options import ImageOptions
 
 
@@ -42,6 +42,7 @@ def evaluate(
     classes: tuple[str, ...] = (),
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
+    processes: Processes | None = None,
 ) -> Evaluation:
     """Measure a model, packed ones too; leaves it in the mode it was in.
 
@@ -51,9 +52,8 @@ def evaluate(
         classes: names for `per_class`.
         device: where the model is.
         progress: called with the number of images after each batch.
-
-    Returns:
-        Over all processes, where there are several.
+        processes: this process among several, each with its own batches; the result is that of
+            all together.
 
     Example:
         >>> batch = (torch.eye(2).view(2, 2, 1, 1), torch.tensor([0, 0]))
@@ -81,10 +81,8 @@ def evaluate(
                 progress(len(labels))
     finally:
         model.train(was_training)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(totals)
-        dist.all_reduce(counts)
-    return _summary(totals, counts, classes)
+    everyone = processes or Processes()
+    return _summary(everyone.sum(totals), everyone.sum(counts), classes)
 
 
 def _summary(totals: Tensor, counts: Tensor, classes: tuple[str, ...]) -> Evaluation:

@@ -43,13 +43,16 @@ class Processes:
         ids = [device.index] if device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean over all processes."""
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes."""
         if self.world > 1:
             value = value.clone()
             dist.all_reduce(value)
-            value /= self.world
         return value
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over all processes."""
+        return self.sum(value) / self.world
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether the flag is set in any process."""

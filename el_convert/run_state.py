@@ -53,12 +53,14 @@ class Position:
         batch: of that epoch.
         rows: the epochs that are complete.
         loss_sum: of this process's batches of the epoch so far.
+        seconds: spent on the epoch so far.
     """
 
     epoch: int = 0
     batch: int = 0
     rows: tuple[EpochRow, ...] = ()
     loss_sum: float = 0.0
+    seconds: float = 0.0
 
 
 def save_state(

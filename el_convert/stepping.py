@@ -69,6 +69,7 @@ class Stepper:
         options: see `TrainOptions`.
         weight_decay: of what decays.
         processes: gradients are averaged over these.
+        classes: how many logits the model gives.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Stepper:
         options: TrainOptions,
         weight_decay: float,
         processes: Processes,
+        classes: int,
     ) -> None:
         self.model, self.options, self.processes = model, options, processes
         self.device = next(model.parameters()).device
@@ -96,7 +98,7 @@ class Stepper:
         self.average = ModelEmaV3(model, decay=options.ema) if options.ema else None
         scaled = options.amp == "float16" and self.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
-        self.mixup = _mixup(options, model)
+        self.mixup = _mixup(options, classes)
         self.updates = 0
 
     def schedule(self, batches: int) -> None:
@@ -177,16 +179,14 @@ class Stepper:
             self.average.update(self.model, step=self.updates)
 
 
-def _mixup(options: TrainOptions, model: nn.Module) -> Any | None:
+def _mixup(options: TrainOptions, classes: int) -> Any | None:
     if not (options.mixup or options.cutmix):
         return None
-    from el_convert.evaluation import class_count
-
     return Mixup(
         options.mixup,
         options.cutmix,
         label_smoothing=options.smoothing,
-        num_classes=class_count(model, options.images),
+        num_classes=classes,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,50 +132,62 @@ class _Run:
         self.steps = options.steps or self.recipe.training.steps
 
     def prepare(self, teacher: nn.Module | None, processes: Processes, watcher: Watcher) -> None:
-        options = self.options
-        classes = class_count(self.model, options.images)
+        self.processes, self.watcher = processes, watcher
+        self.classes = class_count(self.model, self.options.images)
+        self._check_images()
+        self.objective = self._objective(teacher)
+        self._open_loaders()
+
+    def _check_images(self) -> None:
         for images in filter(None, (self.images, self.validation)):
-            check_classes(images, classes)
+            check_classes(images, self.classes)
         if self.validation and self.validation.classes != self.images.classes:
             raise TrainingError(
                 f"{self.validation.root} has other class names than {self.images.root}"
             )
+
+    def _objective(self, teacher: nn.Module | None) -> Objective:
+        options = self.options
         kind = options.loss or (self.recipe.training.loss if teacher else "cross-entropy")
         if teacher is None and kind != "cross-entropy":
             raise TrainingError(f"loss {kind!r} needs a teacher: name one with --teacher")
-        if teacher is not None and kind == "cross-entropy":
-            kind = "both"
         if teacher is not None:
+            kind = "both" if kind == "cross-entropy" else kind
             teacher = teacher.to(self.device)
             theirs = class_count(teacher, options.images)
-            if theirs != classes:
-                raise TrainingError(f"the teacher has {theirs} classes, the model {classes}")
-        self.objective = Objective(
+            if theirs != self.classes:
+                raise TrainingError(f"the teacher has {theirs} classes, the model {self.classes}")
+        return Objective(
             kind,
             teacher,
             smoothing=options.smoothing,
             temperature=options.temperature,
             label_weight=options.label_weight,
         )
-        self.processes, self.watcher = processes, watcher
-        ranks = {"rank": processes.rank, "world": processes.world}
-        self.order = EpochSampler(
-            len(self.images), options.images.batch_size, options.seed, **ranks
-        )
-        self.loader = training_loader(self.images, options.images, self.order)
+
+    def _open_loaders(self) -> None:
+        options = self.options.images
+        ranks = {"rank": self.processes.rank, "world": self.processes.world}
+        self.order = EpochSampler(len(self.images), options.batch_size, self.options.seed, **ranks)
+        self.loader = training_loader(self.images, options, self.order)
         self.batches = len(self.loader)  # of a whole epoch
         self.checker = (
-            evaluation_loader(self.validation, options.images, **ranks) if self.validation else None
+            evaluation_loader(self.validation, options, **ranks) if self.validation else None
         )
-        self.settings = {
-            **asdict(options),
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What must be the same when the run goes on."""
+        settings = {
+            **asdict(self.options),
             "steps": self.steps,
-            "loss": kind,
-            "world": processes.world,
+            "loss": self.objective.kind,
+            "world": self.processes.world,
             "recipe": self.recipe.to_dict(),
             "train_images": len(self.images),
         }
-        del self.settings["images"]["workers"]
+        del settings["images"]["workers"]
+        return settings
 
     @property
     def epochs(self) -> int:
@@ -229,7 +241,9 @@ class _Run:
     def _stepper(self, step: int, stored: dict[str, Any]) -> Stepper:
         first = self.steps == 2 and step == 0
         decay = self.options.first_step_decay if first else self.options.weight_decay
-        stepper = Stepper(self.model, self.objective, self.options, decay, self.processes)
+        stepper = Stepper(
+            self.model, self.objective, self.options, decay, self.processes, self.classes
+        )
         stepper.schedule(self.batches)
         if stored:
             stepper.load(stored)
@@ -241,23 +255,22 @@ class _Run:
         """One epoch, or what is left of it; stores the state at its end."""
         options = self.options
         self.order.go_to(position.epoch, position.batch)
-        batches = len(self.loader)
-        self.watcher.epoch_starts(position.epoch, self.epochs, step + 1, batches)
+        self.watcher.epoch_starts(position.epoch, self.epochs, step + 1, len(self.loader))
         started = time.perf_counter()
         reached = train_epoch(stepper, self.loader, position, stop, self.watcher, self.state)
         corrupt = self.images.corrupt_names()
         for name in sorted({*corrupt} - self.told):
             self.watcher.corrupt_image(name)
         self.told |= {*corrupt}
+        seconds = position.seconds + time.perf_counter() - started
         if not reached.complete:
-            self._store(stepper, reached.position)
+            self._store(stepper, replace(reached.position, seconds=seconds))
             raise TrainingError(
                 f"stopped at epoch {position.epoch + 1}, batch {reached.position.batch}: "
                 f"{self.state} is kept, go on with --resume"
             )
-        seconds = time.perf_counter() - started
         shown = self._validate(stepper)
-        seen = batches * options.images.batch_size * self.processes.world
+        seen = self.batches * options.images.batch_size * self.processes.world
         row = EpochRow(
             position.epoch,
             step + 1,
@@ -281,7 +294,7 @@ class _Run:
         if self.checker is None:
             return None
         model = self.model if stepper.average is None else stepper.average.module
-        return evaluate(model, self.checker, device=self.device)
+        return evaluate(model, self.checker, device=self.device, processes=self.processes)
 
     def _store(self, stepper: Stepper, position: Position) -> None:
         if self.processes.first:
