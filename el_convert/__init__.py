@@ -23,10 +23,12 @@ if TYPE_CHECKING:
         ConversionError,
         DataError,
         ElConvertError,
+        ExportError,
         TrainingError,
         UnknownNameError,
     )
     from el_convert.evaluation import evaluate
+    from el_convert.exporting import Exported, export
     from el_convert.graphs import BinarizePass, to_graph
     from el_convert.link import ElasticLink
     from el_convert.nn import (
@@ -62,6 +64,8 @@ _HOME = {
     "Decision": "planning",
     "ElConvertError": "errors",
     "ElasticLink": "link",
+    "ExportError": "errors",
+    "Exported": "exporting",
     "ImageOptions": "train_options",
     "PackedConv": "packed",
     "Pattern": "patterns",
@@ -77,6 +81,7 @@ _HOME = {
     "binarize": "convert",
     "calibrate": "calibration",
     "evaluate": "evaluation",
+    "export": "exporting",
     "load": "checkpoint",
     "open_images": "datasets",
     "pack": "packing",
@@ -104,6 +109,8 @@ __all__ = [
     "Decision",
     "ElConvertError",
     "ElasticLink",
+    "ExportError",
+    "Exported",
     "ImageOptions",
     "PackedConv",
     "Pattern",
@@ -119,6 +126,7 @@ __all__ = [
     "binarize",
     "calibrate",
     "evaluate",
+    "export",
     "load",
     "open_images",
     "pack",

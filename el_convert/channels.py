@@ -41,6 +41,9 @@ class _RepeatChannels(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, dim: int, count: int) -> Tensor:
+        if torch.compiler.is_compiling():  # what compilers fuse and ONNX has
+            shape = (*input.shape[: dim + 1], count, *input.shape[dim + 1 :])
+            return input.unsqueeze(dim + 1).expand(shape).flatten(dim, dim + 1)
         if input.is_contiguous():
             return input.repeat_interleave(count, dim)
         last = input.movedim(dim, -1).unsqueeze(-1)  # where channels_last has them

@@ -14,6 +14,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from el_convert._version import __version__
+from el_convert.cli_export import export
+from el_convert.cli_files import read_model
 from el_convert.cli_training import calibrate, evaluate, train
 from el_convert.console import check_output, errors_as_exits, print_result, step
 from el_convert.errors import UnknownNameError, nearest_names
@@ -245,21 +247,14 @@ def pack(file: Path, out: Path, half: bool) -> None:
 def inspect(file: Path, as_json: bool) -> None:
     """Show what a saved FILE holds."""
     with step("loading torch"):
-        from el_convert.checkpoint import load, read
+        import torch  # noqa: F401
     with errors_as_exits():
-        with step(f"reading {file}"):
-            header, _ = read(file)
-            if header.source is None:
-                raise click.ClickException(
-                    f"{file} is of a model of neither library: "
-                    "in Python, summarize(load(path, model=...)) shows it"
-                )
-            model = load(file)
+        model, source, header = read_model(file)
         summary = _summarize(model)
     versions = ", ".join(f"{name} {v}" for name, v in (header.created_with or {}).items())
     size = file.stat().st_size
     extra: dict[str, Any] = {
-        "source": str(header.source),
+        "source": str(source),
         "file": str(file),
         "created_with": versions,
     }
@@ -267,9 +262,7 @@ def inspect(file: Path, as_json: bool) -> None:
     if not as_json:
         kind = "packed, " if header.packed else ""
         stored = header.stored or header.dtype
-        click.echo(
-            f"{file}: {header.source}, {kind}{stored}, {size / 1e6:.1f} MB, written by {versions}"
-        )
+        click.echo(f"{file}: {source}, {kind}{stored}, {size / 1e6:.1f} MB, written by {versions}")
     _show(summary, as_json, extra)
 
 
@@ -319,7 +312,6 @@ def bench(model: str, against: str, as_json: bool, **options: Any) -> None:
 def _contestants(name: str) -> tuple[nn.Module, nn.Module, Any]:
     """The packed model, a float one of the same architecture, and where both come from."""
     from el_convert.benchmark import pack_untrained
-    from el_convert.checkpoint import load, read
     from el_convert.packing import pack
     from el_convert.zoo import create, find_source
 
@@ -328,20 +320,14 @@ def _contestants(name: str) -> tuple[nn.Module, nn.Module, Any]:
         with step(f"building and packing {name}"), redirect_stdout(sys.stderr):
             original = create(source).eval()
             return pack_untrained(original), original, source
-    with step(f"reading {name}"):
-        header, _ = read(Path(name))
-        if header.source is None:
-            raise click.ClickException(
-                f"{name} is of a model of neither library: in Python, "
-                "el_convert.benchmark.benchmark(packed, original) times it"
-            )
-        packed = load(Path(name)).eval()
+    model, source, header = read_model(Path(name))
+    packed = model.eval()
     if not header.packed:
         with step(f"packing {name}"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # how well it was trained does not matter here
             packed = pack(packed, inplace=True)
-    return packed, create(header.source).eval(), header.source
+    return packed, create(source).eval(), source
 
 
-for _command in (train, evaluate, calibrate):
+for _command in (train, evaluate, calibrate, export):
     main.add_command(_command)

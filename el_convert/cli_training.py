@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 import click
 
+from el_convert.cli_files import read_model
 from el_convert.console import check_output, errors_as_exits, step
 from el_convert.errors import TrainingError
 from el_convert.train_options import ImageOptions, TrainOptions, field_help
@@ -104,19 +105,6 @@ def _image_options(
     return ImageOptions((size[0], size[1], size[2]), tuple(spec.mean), tuple(spec.std), **given)
 
 
-def _read(file: Path) -> tuple[nn.Module, Any]:
-    from el_convert.checkpoint import load, read
-
-    with step(f"reading {file}"):
-        header, _ = read(file)
-        if header.source is None:
-            raise click.ClickException(
-                f"{file} is of a model of neither library: in Python, "
-                "load(path, model=...) reads it"
-            )
-        return load(file), header.source
-
-
 @click.command()
 @click.argument("file", type=_INPUT)
 @click.option(
@@ -164,7 +152,7 @@ def train(
     for_images = {f.name: given.pop(f.name) for f in fields(ImageOptions) if f.name in given}
     where = _device(device)
     with errors_as_exits(), join_processes(where) as processes:
-        model, source = _read(file)
+        model, source, _ = read_model(file)
         check_trainable(model)
         options = TrainOptions(
             **given, images=_image_options(model, source, image_size, for_images)
@@ -210,7 +198,7 @@ def _teacher(name: str, weights: Path | None, classes: int) -> nn.Module:
     from el_convert.zoo import create, find_source
 
     if Path(name).is_file():
-        return _read(Path(name))[0]
+        return read_model(Path(name))[0]
     with step(f"building the teacher {name}"):
         if weights is None:
             return create(find_source(name), pretrained=True)
@@ -261,7 +249,7 @@ def evaluate(
         from el_convert.progress import counted
     where = _device(device)
     with errors_as_exits():
-        model, source = _read(file)
+        model, source, _ = read_model(file)
         options = _image_options(model, source, image_size, given)
         images = open_images(split_of(data), options, training=False)
         check_classes(images, class_count(model, options))
@@ -321,7 +309,7 @@ def calibrate(
         from el_convert.training import check_trainable
     where = _device(device)
     with errors_as_exits():
-        model, source = _read(file)
+        model, source, _ = read_model(file)
         check_trainable(model)
         options = replace(_image_options(model, source, image_size, given), augment=False)
         images = open_images(find_splits(data, None)[0], options, training=False)

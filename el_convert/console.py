@@ -42,15 +42,19 @@ def step(label: str) -> Iterator[None]:
         yield
 
 
-def check_output(out: Path) -> None:
+def check_output(out: Path, suffixes: tuple[str, ...] = _SUFFIXES) -> None:
     """Refuse an output that cannot be written, before anything slow.
+
+    Args:
+        out: the file.
+        suffixes: what its name may end in.
 
     Raises:
         click.BadParameter: wrong suffix, missing or read-only folder, or a folder itself.
     """
     problem = ""
-    if out.suffix not in _SUFFIXES:
-        problem = f"{out}: the name must end in {' or '.join(_SUFFIXES)}"
+    if out.suffix not in suffixes:
+        problem = f"{out}: the name must end in {' or '.join(suffixes)}"
     elif not out.parent.is_dir():
         problem = f"folder {out.parent} does not exist: mkdir -p {out.parent}"
     elif out.is_dir():

@@ -30,6 +30,10 @@ class TrainingError(ElConvertError, RuntimeError):
     """Training cannot start, or had to stop; the message says what is kept and where."""
 
 
+class ExportError(ElConvertError, RuntimeError):
+    """A model cannot be exported, or what was exported does not agree; nothing was written."""
+
+
 class UnknownNameError(ElConvertError, LookupError):
     """A model, recipe, field, pattern or glob that does not exist; carries the nearest names.
 

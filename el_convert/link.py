@@ -181,8 +181,9 @@ def _squeeze(input: Tensor, channels: int, dim: int, squeeze: str) -> Tensor:
     # Adaptive pooling bins exactly as documented; channels stand in for the height of an image.
     if input.numel() == 0:  # which adaptive pooling refuses
         return input.new_zeros((*lead, channels, *trail))
-    image = input.reshape(lead.numel(), 1, have, trail.numel())
-    mean = F.adaptive_avg_pool2d(image, (channels, trail.numel()))
+    # Not Size.numel, which would fix the batch size of an exported graph.
+    image = input.reshape(math.prod(lead), 1, have, math.prod(trail))
+    mean = F.adaptive_avg_pool2d(image, (channels, math.prod(trail)))
     mean = mean.reshape(*lead, channels, *trail)
     if squeeze == "mean":
         return mean

@@ -189,8 +189,11 @@ class PackedConv(OneBitConv):
         """The layer up to its norm and link, operation by operation."""
         if not (torch.compiler.is_compiling() or torch._C._is_tracing()):
             self._check_channels(input)
-        weight = self.bits if self._by_operator(input) else self.signs(input.dtype)
-        signs = self._binary_input(input)
+        by_operator = self._by_operator(input)
+        weight = self.bits if by_operator else self.signs(input.dtype)
+        # The operator takes the signs itself.
+        unchanged = by_operator and self.threshold is None
+        signs = input if unchanged else self._binary_input(input)
         return self._finish(input, self._scaled(input, signs, weight, self.scale, output_size))
 
     def _check_channels(self, input: Tensor) -> None:

@@ -53,11 +53,20 @@ class Row:
     seeds: int = 1
 
 
+FLOAT_SHORTCUTS = (("keep.shortcut", "true"),)
+THRESHOLDS = (("input.threshold", "learned"),)
 ROWS = {
     "plain": Row("plain", seeds=3),
     "elastic-link": Row("elastic-link", seeds=3),
-    "plain, float shortcuts": Row("plain", (("keep.shortcut", "true"),), 3),
-    "elastic-link, float shortcuts": Row("elastic-link", (("keep.shortcut", "true"),), 3),
+    "plain, float shortcuts": Row("plain", FLOAT_SHORTCUTS, 3),
+    "elastic-link, float shortcuts": Row("elastic-link", FLOAT_SHORTCUTS, 3),
+    "plain, float shortcuts, thresholds": Row("plain", (*FLOAT_SHORTCUTS, *THRESHOLDS)),
+    "elastic-link, float shortcuts, thresholds": Row(
+        "elastic-link", (*FLOAT_SHORTCUTS, *THRESHOLDS)
+    ),
+    "elastic-link, float shortcuts, gamma 1": Row(
+        "elastic-link", (*FLOAT_SHORTCUTS, ("link.gamma_init", "1"))
+    ),
     "reactnet": Row("reactnet", seeds=3),
     "elastic-reactnet": Row("elastic-reactnet", seeds=3),
     "float": Row("identity"),
@@ -97,7 +106,7 @@ def trials(models: Sequence[str], rows: Sequence[str]) -> Iterator[tuple[str, st
     for seed in range(3):
         for name in rows:
             for model in models:
-                shortcuts = name.endswith("float shortcuts")
+                shortcuts = "float shortcuts" in name
                 if seed < table[name].seeds and (not shortcuts or model in WITH_SHORTCUTS):
                     yield model, name, seed
 

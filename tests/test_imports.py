@@ -23,6 +23,7 @@ LAYERS = (
         "calls",
         "console",
         "link",
+        "onnx_graph",
         "openvino_peer",
         "processes",
         "run_log",
@@ -41,8 +42,9 @@ LAYERS = (
     ("header", "limits", "packing", "render", "state"),
     ("checkpoint", "report", "training"),
     ("peers", "progress", "timings"),
-    ("benchmark",),
-    ("cli_training",),
+    ("benchmark", "exporting"),
+    ("cli_files",),
+    ("cli_export", "cli_training"),
     ("cli",),
     ("__main__", "__init__"),
 )
@@ -50,6 +52,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 HEAVY = {"timm", "torchvision", "click", "rich"}
 ALLOWED_HEAVY = {
     "cli": {"click", "rich"},
+    "cli_export": {"click"},
+    "cli_files": {"click"},
     "cli_training": {"click"},
     "console": {"click", "rich"},
     "datasets": {"timm"},

@@ -1,0 +1,35 @@
+"""Reading a converted file for a command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from el_convert.console import step
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from el_convert.header import Header
+    from el_convert.zoo import Source
+
+
+def read_model(file: Path) -> tuple[nn.Module, Source, Header]:
+    """The model in a file, what it was made from, and the file's header.
+
+    Raises:
+        click.ClickException: the model is of neither library, so that only Python can build it.
+        CheckpointError: as `load` does.
+    """
+    from el_convert.checkpoint import load, read
+
+    with step(f"reading {file}"):
+        header, _ = read(file)
+        if header.source is None:
+            raise click.ClickException(
+                f"{file} is of a model of neither library: in Python, "
+                "load(path, model=...) reads it, and what this command does is a function"
+            )
+        return load(file), header.source, header

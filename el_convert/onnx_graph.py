@@ -1,0 +1,144 @@
+"""A packed network as an ONNX graph of standard operators, its weights at one bit each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from el_convert.errors import ExportError, first_line
+
+OPSET = 18
+"""The version of ONNX's operators that graphs use."""
+
+_UINT8, _FLOAT = 2, 1  # ONNX's numbers of these types
+_UNPACKING = {"Unsqueeze", "BitShift", "Reshape", "Slice", "Cast", "Mul", "Sub"}
+
+
+def onnx_program(
+    model: nn.Module, input: Tensor, output_names: Sequence[str], *, float_weights: bool = False
+) -> Any:
+    """Translate a packed network.
+
+    A packed weight is an initializer of bytes under its own name, `layer1.0.conv1.bits`; shifts,
+    a slice and a cast turn it into +1 and -1 on the way to `Conv`, which runtimes do once, when
+    they load the file.
+
+    Args:
+        model: packed, in eval mode.
+        input: (N, C, H, W) with N of 2 or more; the graph takes any N.
+        output_names: of the graph's outputs.
+        float_weights: store +1 and -1 as float32 instead, for runtimes without `BitShift`.
+
+    Returns:
+        torch's `ONNXProgram`.
+
+    Raises:
+        ExportError: the model's forward cannot be exported.
+    """
+    from onnxscript.optimizer import optimize_ir
+
+    operator = torch.ops.el_convert.binary_conv2d.default
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's exporter warns about itself
+            program = torch.onnx.export(
+                model,
+                (input,),
+                dynamo=True,
+                verbose=False,
+                optimize=False,
+                opset_version=OPSET,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                custom_translation_table={operator: _binary_conv2d},
+                input_names=["input"],
+                output_names=list(output_names),
+            )
+            if program is None:
+                raise RuntimeError("torch.onnx.export returned nothing")
+            optimize_ir(program.model, should_fold=_folding(float_weights))
+            _drop_notes(program.model)
+    except Exception as error:  # torch.export and torch.onnx raise errors of a dozen kinds
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported ({first_line(error)})"
+        ) from error
+    return program
+
+
+def _drop_notes(model: Any) -> None:
+    """Take out where in Python each node came from: with it the file would be a sixth larger."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+
+
+def _folding(float_weights: bool) -> Callable[[Any], bool | None]:
+    """Which nodes on constants are computed now; None leaves it to the optimizer."""
+
+    def should_fold(node: Any) -> bool | None:
+        if float_weights:
+            return True if node.op_type in _UNPACKING else None
+        packed = any(value is not None and value.dtype == _UINT8 for value in node.inputs)
+        return False if packed else None
+
+    return should_fold
+
+
+def _binary_conv2d(
+    input: Any,
+    bits: Any,
+    threshold: Any,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Any:
+    """`torch.ops.el_convert.binary_conv2d` in ONNX's operators."""
+    from onnxscript import opset18
+
+    op: Any = opset18
+    inside = int(input.shape[1]) // groups
+    shape = [int(bits.shape[0]), inside, *kernel]
+    limit = op.Constant(value_float=0.0)
+    if threshold is not None:
+        limit = op.Reshape(threshold, op.Constant(value_ints=[1, -1, 1, 1]))
+    one = op.Constant(value_float=1.0)
+    signs = op.Where(op.Greater(input, limit), one, op.Neg(one))
+    top, bottom, left, right = padding
+    sums = op.Conv(
+        signs,
+        _signs_of(op, bits, shape),
+        kernel_shape=list(kernel),
+        pads=[top, left, bottom, right],
+        strides=list(stride),
+        dilations=list(dilation),
+        group=groups,
+    )
+    # Whole numbers, also where a runtime multiplies scales into the weights or uses Winograd's
+    # algorithm: a sum of exactly 0 may go to the next sign.
+    return op.Round(sums)
+
+
+def _signs_of(op: Any, bits: Any, shape: Sequence[int]) -> Any:
+    """+1 and -1 of packed weights, see `pack_bits`."""
+    from onnx import helper
+
+    def constant(values: list[int]) -> Any:
+        return op.Constant(value=helper.make_tensor("", _UINT8, [len(values)], values))
+
+    outputs, count = shape[0], torch.Size(shape[1:]).numel()
+    # Left until the wanted bit is the highest, then right until it is the lowest.
+    places = op.Unsqueeze(bits, op.Constant(value_ints=[2]))
+    highest = op.BitShift(places, constant([7, 6, 5, 4, 3, 2, 1, 0]), direction="LEFT")
+    single = op.BitShift(highest, constant([7]), direction="RIGHT")
+    flat = op.Reshape(single, op.Constant(value_ints=[outputs, int(bits.shape[1]) * 8]))
+    ends = (op.Constant(value_ints=[n]) for n in (0, count, 1))
+    values = op.Cast(op.Slice(flat, *ends), to=_FLOAT)
+    signs = op.Sub(op.Mul(values, op.Constant(value_float=2.0)), op.Constant(value_float=1.0))
+    return op.Reshape(signs, op.Constant(value_ints=list(shape)))
