@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from el_convert import binarize
+from el_convert.functional import binarize_ste
 from el_convert.kernels import Engine, engine, passes
 from el_convert.kernels import native as native_module
 
@@ -237,9 +238,20 @@ def test_a_step_is_that_of_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         close(ours, plain)
 
 
+def test_gradients_of_gradients() -> None:
+    x = (torch.rand(2 * BLOCK) * 0.9 + 0.05).requires_grad_()
+    (once,) = torch.autograd.grad(binarize_ste(x).square().sum() / 2, x, create_graph=True)
+    (twice,) = torch.autograd.grad(once.sum(), x)
+    # The sum of b^2 / 2 has the gradient b s(x) = 2 - 2x, with b = 1; of that, b' s + b s'.
+    close(once.detach(), 2 - 2 * x.detach())
+    close(twice, (2 - 2 * x.detach()) ** 2 - 2)
+
+
 def test_no_engine_no_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "engine", lambda: None)
-    assert not passes.runs_native(torch.zeros(2 * BLOCK))
+    with torch.no_grad():
+        assert passes.runs_native(torch.zeros(2 * BLOCK))
+        monkeypatch.setattr(passes, "engine", lambda: None)
+        assert not passes.runs_native(torch.zeros(2 * BLOCK))
     with pytest.raises(RuntimeError, match="without its native engine"):
         passes.sign(torch.zeros(2))
     assert native_module.engine() is not None

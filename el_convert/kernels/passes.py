@@ -45,8 +45,11 @@ for _schema in (
 
 
 def runs_native(*tensors: Tensor) -> bool:
-    """Whether the ops of this module take these tensors, and are the faster way."""
-    if torch.compiler.is_compiling() or engine() is None:
+    """Whether the ops of this module take these tensors, and are the faster way.
+
+    Not where a gradient is to flow through them, as in gradients of gradients.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or engine() is None:
         return False
     large = max(t.numel() for t in tensors) > _FEW
     return large and all(t.is_cpu and t.dtype == torch.float32 for t in tensors)
