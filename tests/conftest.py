@@ -14,5 +14,6 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded(tmp_path_factory: pytest.TempPathFactory) -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # whatever the test before has left: sums depend on it
     # Model lists are cached per user; tests must not write to the real home.
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.getbasetemp() / "cache")

@@ -126,7 +126,9 @@ def test_layouts_dtypes_and_sizes() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_models_give_the_same(case: Case) -> None:
-    model = binarize(case.build()).eval()
+    # With gates at 3, outputs of deep networks whose norms saw no images are beyond all numbers.
+    gates_at_1 = RECIPES["elastic-link"].with_options({"link.gamma_init": 1.0})
+    model = binarize(case.build(), gates_at_1).eval()
     before = copy.deepcopy(model)
     packed = pack(model)
     layers = [module for module in packed.modules() if isinstance(module, PackedConv)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,11 +30,10 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+def threads(request: pytest.FixtureRequest) -> int:
+    count: int = request.param
+    torch.set_num_threads(count)
+    return count
 
 
 def maps(*shape: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -145,7 +142,6 @@ def test_instruction_sets_and_threads_give_the_same_bits(monkeypatch: pytest.Mon
     x, grad = (maps(4, 70, 23, 29, layout=torch.channels_last) for _ in range(2))
     slope = torch.randn(70)
     found = []
-    before = torch.get_num_threads()
     for name in ENGINE.isas:
         chosen = Engine(ENGINE.path, name)
         monkeypatch.setattr(passes, "engine", lambda chosen=chosen: chosen)
@@ -159,7 +155,6 @@ def test_instruction_sets_and_threads_give_the_same_bits(monkeypatch: pytest.Mon
                     *passes.scaled_sign_grad(x, slope[:4], grad, False, True),
                 ]
             )
-    torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
