@@ -89,8 +89,7 @@ def export(
         raise ExportError(
             f"{' and '.join(missing)} not installed: pip install 'el_convert[export]' brings them"
         )
-    layers = [module for module in model.modules() if isinstance(module, PackedConv)]
-    packed = model.eval() if layers else pack(model)
+    packed = model if _packed_layers(model) else pack(model)
     batches = [*_random_batches(input_size), *([] if images is None else [images])]
     expected = [_outputs(packed, batch) for batch in batches]
     sample = batches[len(_BATCHES) - 1]
@@ -115,10 +114,14 @@ def export(
         Path(path),
         Path(path).stat().st_size,
         OPSET,
-        sum(isinstance(module, PackedConv) for module in packed.modules()),
+        _packed_layers(packed),
         max(errors),
         sum(len(batch) for batch in batches),
     )
+
+
+def _packed_layers(model: nn.Module) -> int:
+    return sum(isinstance(module, PackedConv) for module in model.modules())
 
 
 def _random_batches(size: Sequence[int]) -> list[Tensor]:
