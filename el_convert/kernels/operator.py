@@ -12,6 +12,7 @@ from torch import Tensor
 
 from el_convert.kernels.geometry import ConvGeometry
 from el_convert.kernels.native import Epilogue, NativeConv, engine
+from el_convert.kernels.passes import one_by_one
 from el_convert.kernels.reference import check_arguments, reference_conv2d
 from el_convert.kernels.version import Marks
 
@@ -146,11 +147,4 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]
         samples = input.movedim(in_dims[0], 0)
         output = operator(samples.flatten(0, 1), *rest)
         return output.unflatten(0, samples.shape[:2]), 0
-    each = [
-        [
-            arg.select(dim, i) if isinstance(dim, int) else arg
-            for arg, dim in zip(args, in_dims, strict=True)
-        ]
-        for i in range(info.batch_size)
-    ]
-    return torch.stack([operator(*one) for one in each]), 0
+    return torch.stack(one_by_one(operator, info.batch_size, in_dims, args)), 0

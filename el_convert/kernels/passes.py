@@ -320,19 +320,26 @@ def _fake_both(x: Tensor, vector: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]
     return torch.empty_like(x), torch.empty_like(vector)
 
 
+def one_by_one(
+    operator: Any, batch: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]
+) -> list[Any]:
+    """An op's results for each sample of a vmap; of lists among the arguments none is batched."""
+    return [
+        operator(
+            *(
+                arg.select(dim, i) if isinstance(dim, int) else arg
+                for arg, dim in zip(args, in_dims, strict=True)
+            )
+        )
+        for i in range(batch)
+    ]
+
+
 def _register(name: str, fake: Any) -> None:
     operator = getattr(torch.ops.el_convert, name)
 
     def each(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        parts = [
-            operator(
-                *(
-                    arg.select(dim, i) if isinstance(dim, int) else arg
-                    for arg, dim in zip(args, in_dims, strict=True)
-                )
-            )
-            for i in range(info.batch_size)
-        ]
+        parts = one_by_one(operator, info.batch_size, in_dims, args)
         if isinstance(parts[0], Tensor):
             return torch.stack(parts), 0
         return tuple(map(torch.stack, zip(*parts, strict=True))), (0,) * len(parts[0])
