@@ -143,7 +143,7 @@ def test_two_steps_go_on_bit_for_bit(images: LabelledImages, tmp_path: Path) -> 
     assert same(one.model, two.model)
 
 
-KILLED = """
+RUN = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 from pathlib import Path
@@ -151,36 +151,45 @@ from pictures import *
 from el_convert.datasets import open_images
 from el_convert.training import train
 torch.set_num_threads(1)
-torch.manual_seed(3)
 images = open_images({root!r}, IMAGES, training=True)
-train(small_network(), images, options=TrainOptions(epochs=60, lr=5e-3, images=IMAGES), run={run!r},
-      resume={resume!r} and Path({run!r}, "last.pt").exists())
+torch.manual_seed({seed})
+model = small_network()
+options = TrainOptions(epochs=30, lr=5e-3, images=IMAGES)
+train(model, images, options=options, run={run!r}, resume={resume!r})
+torch.save(model.state_dict(), Path({run!r}, "end.pt"))
 """
 
 
-def start(root: Path, run: Path, resume: bool) -> subprocess.Popen[bytes]:
+def start(root: Path, run: Path, *, seed: int = 3, resume: bool = False) -> subprocess.Popen[bytes]:
+    """A run in a process of its own, as a user's is."""
     tests = str(Path(__file__).parent)
-    code = KILLED.format(tests=tests, root=str(root), run=str(run), resume=resume)
+    code = RUN.format(tests=tests, root=str(root), run=str(run), seed=seed, resume=resume)
     return subprocess.Popen([sys.executable, "-c", code])
 
 
+def losses(run: Path) -> list[str]:
+    return [line["train_loss"] for line in read_log(run)]
+
+
 def test_a_killed_run_loses_at_most_an_epoch(images: LabelledImages, tmp_path: Path) -> None:
-    options = replace(OPTIONS, epochs=60)
-    unbroken = train(seeded_network(), images, options=options, run=tmp_path / "one")
-    folder = tmp_path / "two"
-    process = start(images.root, folder, resume=False)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert start(images.root, one).wait() == 0
+    process = start(images.root, two)
     deadline = time.monotonic() + 120
-    while not (folder / "log.csv").exists():
+    while not (two / "log.csv").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.kill()
     process.wait()
-    kept = len(read_log(folder))
-    assert 0 < kept < 60
-    resumed = train(small_network(), images, options=options, run=folder, resume=True)
-    assert len(resumed.rows) == 60
-    assert same(unbroken.model, resumed.model)
+    kept = len(read_log(two))
+    assert 0 < kept < 30
+    assert losses(two) == losses(one)[:kept]
+    # Other first weights: all comes from what was kept.
+    assert start(images.root, two, seed=4, resume=True).wait() == 0
+    assert losses(two) == losses(one)
+    end, expected = (torch.load(run / "end.pt", weights_only=True) for run in (two, one))
+    assert [name for name, value in expected.items() if not torch.equal(end[name], value)] == []
 
 
 class Counting(Watcher):
