@@ -42,7 +42,7 @@ class PackedLayer(Protocol):
     def geometry(self, size: tuple[int, int]) -> ConvGeometry | None: ...
 
 
-class _Prepared:
+class Prepared:
     """A layer laid out for the engine, for one size of input, and what it was made from."""
 
     def __init__(
@@ -77,7 +77,7 @@ class FastPath:
     """Runs one `PackedConv` on the engine. Holds what was prepared; is never copied or saved."""
 
     def __init__(self) -> None:
-        self._prepared: _Prepared | None = None
+        self._prepared: Prepared | None = None
         self._natives: dict[ConvGeometry, NativeConv | None] = {}
         self._bits: tuple[Tensor, Marks] | None = None
 
@@ -98,6 +98,7 @@ class FastPath:
             prepared = self._prepare(layer, tail, sources, (int(size[2]), int(size[3])))
             if prepared is None:
                 return None
+            self._prepared = prepared
         residual = tail.residual
         if residual is not None:
             if residual.shape != (size[0], *prepared.output) or not _float_map(residual):
@@ -112,13 +113,17 @@ class FastPath:
         # As torch's own convolutions do, the output follows the input's layout in memory.
         return output if input is given else output.contiguous()
 
+    def prepare(self, layer: PackedLayer, tail: Tail, size: tuple[int, int]) -> Prepared | None:
+        """The layer laid out for inputs of (H, W); None where the engine has no fast path."""
+        return self._prepare(layer, tail, _sources(layer, tail), size)
+
     def _prepare(
         self,
         layer: PackedLayer,
         tail: Tail,
         sources: tuple[Any, ...],
         size: tuple[int, int],
-    ) -> _Prepared | None:
+    ) -> Prepared | None:
         # Another thread may prepare at the same time: each then has its own, and one is kept.
         library, geometry = engine(), layer.geometry(size)
         if library is None or geometry is None or min(geometry.output_size(size)) < 1:
@@ -135,8 +140,7 @@ class FastPath:
             self._natives, self._bits = natives, (layer.bits, Marks([layer.bits]))
         if native is None:
             return None
-        self._prepared = prepared = _Prepared(layer, tail, sources, size, native)
-        return prepared
+        return Prepared(layer, tail, sources, size, native)
 
 
 def _floats(sources: tuple[Any, ...]) -> bool:

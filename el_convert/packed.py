@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from el_convert.bits import pack_bits, unpack_bits
 from el_convert.errors import ConversionError
-from el_convert.fast_path import FastPath
+from el_convert.fast_path import FastPath, Prepared
 from el_convert.functional import pad_same, same_padding
 from el_convert.kernels import ConvGeometry, binary_conv2d
 from el_convert.nn import BinaryConv, OneBitConv, transposed_convolution
@@ -142,6 +142,10 @@ class PackedConv(OneBitConv):
     def geometry(self, size: tuple[int, int]) -> ConvGeometry | None:
         """The layer as the engine knows it, for (H, W); None where there is an `obstacle`."""
         return None if self.obstacle() else self._geometry(self._pads(size))
+
+    def prepare(self, tail: Tail, size: tuple[int, int]) -> Prepared | None:
+        """The layer as the engine runs it on (H, W), followed by `tail`; None where it cannot."""
+        return self._fast.prepare(self, tail, size)
 
     def _geometry(self, pads: Sequence[int]) -> ConvGeometry:
         left, right, top, bottom = pads

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from el_convert.chains import chain_blocks
 from el_convert.convert import conversion_of, copy_model, exchange, record
 from el_convert.errors import ConversionError
 from el_convert.fusion import fuse_blocks
@@ -76,6 +77,7 @@ def pack_layers(model: ModelT) -> ModelT:
         model = cast(ModelT, record(new[id(model)], conversion_of(model)))
     else:
         fuse_blocks(model)
+        chain_blocks(model)
     model.requires_grad_(False)  # with gradients wanted of its input a layer cannot be native
     return to_channels_last(model)
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from el_convert.kernels.buffers import MapPool, shared_pool
 from el_convert.kernels.geometry import ConvGeometry
 
-ABI = 5
+ABI = 6
 LINK_KINDS = ("none", "identity", "expand", "mean", "sum")
 ACTIVATION_KINDS = ("none", "clamp", "prelu")
 INSTRUCTION_SET_VARIABLE = "EL_CONVERT_ISA"
@@ -136,6 +136,7 @@ class Engine:
         library.el_destroy.argtypes = [c_void_p]
         library.el_destroy.restype = None
         library.el_run.argtypes = [c_void_p, c_void_p, c_void_p]
+        library.el_chain_run.argtypes = [c_void_p]
         library.el_pool_run.argtypes = [c_void_p, c_void_p, c_char_p]
         library.el_pass_run.argtypes = [c_void_p, c_char_p]
         library.el_peak.restype = c_double
@@ -200,6 +201,11 @@ class Engine:
         if self._library.el_pool_run(byref(epilogue.native), byref(call), name):
             raise MemoryError("the pooling could not get its scratch memory")
         return output
+
+    def run_chain(self, chain: Any) -> int:
+        """Run an `el_chain`, given by reference, see `engine.h`; 0, or -1 without memory."""
+        status: int = self._library.el_chain_run(chain)
+        return status
 
     def run_pass(self, pass_address: int) -> None:
         """Run an `el_pass`, see `engine.h`."""
@@ -278,6 +284,11 @@ class NativeConv:
 
     def __del__(self) -> None:
         self._library.el_destroy(self._handle)
+
+    @property
+    def handle(self) -> int:
+        """The convolution's address; valid while this object lives."""
+        return self._handle
 
     def __call__(
         self,

@@ -10,7 +10,7 @@
 #define EL_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define EL_ABI 5
+#define EL_ABI 6
 
 #ifdef __cplusplus
 extern "C" {
@@ -55,6 +55,33 @@ typedef struct {
     int32_t threads;
     int32_t reserved;
 } el_call;
+
+// Convolutions that follow each other, run for `images` images at a time: the maps between them then
+// stay in the caches.
+enum el_base { EL_AT_NONE, EL_AT_INPUT, EL_AT_SCRATCH, EL_AT_OUTPUT };
+
+typedef struct {
+    int32_t base, reserved;
+    int64_t offset;  // in scratch memory for one image, in floats
+} el_place;
+
+// See el_call. A residual may lie where the output goes.
+typedef struct {
+    const void *convolution;
+    const el_epilogue *epilogue;
+    el_place input, link, residual, output;
+    int64_t height, width, out_height, out_width;
+} el_step;
+
+typedef struct {
+    const el_step *steps;
+    const float *input;
+    float *scratch;  // images times what the places need for one
+    float *output;
+    int64_t count, batch, images;
+    int64_t input_floats, output_floats;  // of an image
+    int32_t threads, reserved;
+} el_chain;
 
 // Norm and activation of a float map, as in el_epilogue, then max pooling; padding is never the
 // largest. A kernel of 1x1 with stride 1 pools nothing.
@@ -107,6 +134,9 @@ EL_EXPORT void el_destroy(void *convolution);
 
 // 0, or -1 where there is no memory. Reentrant.
 EL_EXPORT int el_run(const void *convolution, const el_epilogue *epilogue, const el_call *call);
+
+// 0, or -1 where there is no memory. Reentrant.
+EL_EXPORT int el_chain_run(const el_chain *chain);
 
 // 0, or -1 where there is no memory or the instruction set is unknown (null: the best). Every
 // window must see the map.

@@ -1,0 +1,145 @@
+"""Packed convolutions that follow each other, run in one call of the native engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import Structure, addressof, byref, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from el_convert.kernels.buffers import shared_pool
+from el_convert.kernels.memory_plan import place_maps
+from el_convert.kernels.native import Engine, Epilogue, NativeConv
+
+_NONE, _INPUT, _SCRATCH, _OUTPUT = range(4)
+_CACHE_FLOATS = 1 << 17  # of maps between layers: about half of a second-level cache
+
+
+class _Place(Structure):
+    _fields_ = [("base", c_int32), ("reserved", c_int32), ("offset", c_int64)]
+
+
+class _Step(Structure):
+    _fields_ = [
+        ("convolution", c_void_p),
+        ("epilogue", c_void_p),
+        *[(name, _Place) for name in ("input", "link", "residual", "output")],
+        *[(name, c_int64) for name in ("height", "width", "out_height", "out_width")],
+    ]
+
+
+class _Chain(Structure):
+    _fields_ = [
+        *[(name, c_void_p) for name in ("steps", "input", "scratch", "output")],
+        *[
+            (name, c_int64)
+            for name in ("count", "batch", "images", "input_floats", "output_floats")
+        ],
+        ("threads", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class ChainStep:
+    """One convolution of a chain. Maps are numbered: 0 is the input, n + 1 what step n gives.
+
+    Attributes:
+        convolution: prepared by the engine.
+        epilogue: what follows its sums.
+        input: the map it reads.
+        residual: the map it adds, or None.
+        size: (H, W) of its input.
+    """
+
+    convolution: NativeConv
+    epilogue: Epilogue
+    input: int
+    residual: int | None
+    size: tuple[int, int]
+
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        """(C_out, OH, OW)"""
+        geometry = self.convolution.geometry
+        return geometry.out_channels, *geometry.output_size(self.size)
+
+
+class NativeChain:
+    """Steps with their places in memory laid out. The last one gives the output.
+
+    Args:
+        library: the engine that prepared the convolutions.
+        steps: at least one; see `ChainStep`. A link is of the step's own input.
+
+    Raises:
+        MemoryError: on call, where scratch memory is refused.
+
+    Example:
+        >>> chain = NativeChain(engine(), steps)  # doctest: +SKIP
+        >>> chain(torch.randn(1, 8, 14, 14).to(memory_format=torch.channels_last))  # doctest: +SKIP
+    """
+
+    def __init__(self, library: Engine, steps: Sequence[ChainStep]) -> None:
+        self._run = library.run_chain
+        self._kept_alive = tuple(steps)
+        shapes = [step.output_shape for step in steps]
+        floats = [channels * height * width for channels, height, width in shapes]
+        reads = [
+            [step.input, *([] if step.residual is None else [step.residual])] for step in steps
+        ]
+        residuals = [step.residual for step in steps]
+        offsets, self._scratch = place_maps(floats[:-1], reads, residuals)
+        self._output, self._output_floats = shapes[-1], floats[-1]
+        self._steps = (_Step * len(steps))()
+        for number, step in enumerate(steps):
+            self._steps[number] = _step(step, number, offsets)
+        self._address = addressof(self._steps)
+        self._maps = shared_pool()
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """Run it.
+
+        Args:
+            input: (N, C, H, W) float32 on the CPU, channels_last in memory.
+
+        Returns:
+            (N, C_out, OH, OW), channels_last.
+        """
+        batch, channels, height, width = input.shape
+        images = min(batch, max(1, _CACHE_FLOATS // max(self._scratch, 1)))
+        scratch = self._maps.take(1, max(self._scratch * images, 1), 1, 1)
+        output = self._maps.take(batch, *self._output)
+        call = _Chain(
+            self._address, input.data_ptr(), scratch.data_ptr(), output.data_ptr(),
+            len(self._steps), batch, images, channels * height * width, self._output_floats,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if self._run(byref(call)):
+            raise MemoryError("the 1-bit convolutions could not get their scratch memory")
+        return output
+
+
+def _step(step: ChainStep, number: int, offsets: Sequence[int]) -> _Step:
+    def place(map: int | None) -> _Place:
+        if map is None:
+            return _Place(_NONE)
+        if map == 0:
+            return _Place(_INPUT)
+        return _Place(_OUTPUT) if map > len(offsets) else _Place(_SCRATCH, 0, offsets[map - 1])
+
+    links = step.epilogue.link != "none"
+    _, out_height, out_width = step.output_shape
+    return _Step(
+        step.convolution.handle,
+        step.epilogue.address,
+        place(step.input),
+        place(step.input if links else None),
+        place(step.residual),
+        place(number + 1),
+        *step.size,
+        out_height,
+        out_width,
+    )
