@@ -42,6 +42,9 @@ class Chain:
         """What the modules give; None where they must be called one by one."""
         if not plain_map(input) or (torch.is_grad_enabled() and input.requires_grad):
             return None
+        size = (input.shape[2], input.shape[3])
+        if self._prepared.get(size, self) is None:  # known not to work: at worst it now would
+            return None
         layout = self._layout
         if layout is None or not layout.holds():
             # Another thread may do so too: each then has its own, and one is kept.
@@ -51,7 +54,6 @@ class Chain:
                 return None
         if layout.hooked() or input.shape[1] != layout.channels:
             return None
-        size = (input.shape[2], input.shape[3])
         prepared = self._prepared
         if size not in prepared:
             if len(prepared) >= _MOST:

@@ -189,8 +189,7 @@ class _Fuser:
     def _drop_nothings(self) -> None:
         for node in list(self.graph.nodes):
             module = self._called(node)
-            named = type(module).__name__ in _NOTHING_BY_NAME
-            if (isinstance(module, _NOTHING_IN_EVAL) or named) and len(node.args) == 1:
+            if _does_nothing(module) and len(node.args) == 1:
                 node.replace_all_uses_with(node.args[0])
                 self.graph.erase_node(node)
 
@@ -210,7 +209,7 @@ class _Fuser:
             return
         self._fused = True
         conv.fold(norm)  # type: ignore[arg-type]
-        if type(norm).__name__ in _NORM_ACTS:
+        if type(norm).__name__ in _NORM_ACTS and not _does_nothing(norm.act):  # type: ignore[union-attr]
             with self.graph.inserting_before(user):
                 act = self.graph.call_module(f"{user.target}.act", (node,))
             user.replace_all_uses_with(act)
@@ -287,6 +286,11 @@ class _Fuser:
                 name: self.graph.get_attr(f"{act.target}.{attributes[name]}") for name in names
             }
         node.kwargs = {**node.kwargs, **tensors}
+
+
+def _does_nothing(module: Any) -> bool:
+    """Whether a module gives its input back, in eval mode."""
+    return isinstance(module, _NOTHING_IN_EVAL) or type(module).__name__ in _NOTHING_BY_NAME
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
