@@ -55,10 +55,11 @@ class Layout:
 
     Attributes:
         calls: in order; the last one's value is the output.
-        channels: of the input.
+        whole: whether these are all that the modules do.
     """
 
     calls: list[Call] = field(default_factory=list)
+    whole: bool = False
     _owners: list[dict[str, Any]] = field(default_factory=list)
     _names: list[str] = field(default_factory=list)
     _values: list[Any] = field(default_factory=list)
@@ -69,6 +70,7 @@ class Layout:
 
     @property
     def channels(self) -> int:
+        """Of the input."""
         return self.calls[0].layer.in_channels
 
     def holds(self) -> bool:
@@ -102,7 +104,9 @@ class Layout:
         if hooks:
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
 
-    def close(self) -> Layout:
+    def close(self, value: int | None) -> Layout:
+        """End with the value that is the modules' output; None where there is more than calls."""
+        self.whole = value is not None and 0 < value == len(self.calls)
         self._marks = Marks(self._tensors)
         return self
 
@@ -112,27 +116,25 @@ def one_of(one: Sequence[Any], other: Sequence[Any]) -> bool:
     return len(one) == len(other) and all(map(is_, one, other))
 
 
-def lay_out(modules: Sequence[nn.Module], *, entered: bool = False) -> Layout | None:
-    """The calls of modules one after the other; None where there is more than packed layers.
+def lay_out(modules: Sequence[nn.Module], *, entered: bool = False) -> Layout:
+    """The calls of modules one after the other, as far as they are of packed layers alone.
 
     Args:
         modules: the output of each is the input of the next.
         entered: whether the one module was called already, and its hooks with it.
     """
-    layout, value = Layout(), 0
+    layout = Layout()
+    value: int | None = 0
     for module in modules:
-        given = _walk(module, value, layout, hooks=not entered)
-        if given is None:
-            return None
-        value = given
-    return layout.close() if 0 < value == len(layout.calls) else None
+        value = None if value is None else _walk(module, value, layout, hooks=not entered)
+    return layout.close(value)
 
 
 def _walk(module: nn.Module, value: int, layout: Layout, *, hooks: bool = True) -> int | None:
     """Add a module's calls; gives the value that it returns."""
+    layout.watch_module(module, hooks)
     if module.training or "forward" in module.__dict__:
         return None
-    layout.watch_module(module, hooks)
     if type(module) is PackedConv:
         return _call(layout, Call(module, value, None, {}))
     if isinstance(module, fx.GraphModule):
@@ -192,6 +194,7 @@ def _walk_node(
         return None
     if not node.kwargs:
         return _walk(called, value, layout)
+    layout.watch_module(called, hooks=True)
     if type(called) is not PackedConv or called.training or "forward" in called.__dict__:
         return None
     given: dict[str, Any] = dict(node.kwargs)
@@ -200,7 +203,6 @@ def _walk_node(
     tensors = dict(_attributes(module, given))
     if (residual is not None and at is None) or len(tensors) != len(given):
         return None
-    layout.watch_module(called, hooks=True)
     return _call(layout, Call(called, value, at, tensors))
 
 

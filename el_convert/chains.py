@@ -50,9 +50,7 @@ class Chain:
             # Another thread may do so too: each then has its own, and one is kept.
             layout = lay_out(self._modules, entered=self._entered)
             self._layout, self._prepared = layout, {}
-            if layout is None:
-                return None
-        if layout.hooked() or input.shape[1] != layout.channels:
+        if not layout.whole or layout.hooked() or input.shape[1] != layout.channels:
             return None
         prepared = self._prepared
         if size not in prepared:
@@ -122,7 +120,7 @@ def _cut(modules: tuple[nn.Module, ...], entered: bool) -> Iterator[_Part]:
     begin = 0
     while begin < len(modules):
         end, longest = begin + 1, 0
-        while layout := lay_out(modules[begin:end]):
+        while (layout := lay_out(modules[begin:end])).whole:
             longest = len(layout.calls)
             end += 1
             if end > len(modules):
