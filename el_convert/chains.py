@@ -39,8 +39,8 @@ class Chain:
         self._prepared: dict[tuple[int, int], NativeChain | None] = {}
 
     def run(self, input: Tensor) -> Tensor | None:
-        """What the modules give; None where they must be called one by one."""
-        if not plain_map(input) or (torch.is_grad_enabled() and input.requires_grad):
+        """What the modules give for a `plain_map`; None where they must be called one by one."""
+        if torch.is_grad_enabled() and input.requires_grad:
             return None
         size = (input.shape[2], input.shape[3])
         if self._prepared.get(size, self) is None:  # known not to work: at worst it now would
@@ -148,12 +148,12 @@ class PackedSequential(nn.Sequential):
         self._parts = _Parts()
 
     def forward(self, input: Any) -> Any:
-        if not isinstance(input, Tensor) or self.training or not plain_map(input):
+        if self.training or not plain_map(input):
             for module in self:
                 input = module(input)
             return input
         for part in self._parts.of(list(self._modules.values())):
-            output = None if part.chain is None else part.chain.run(input)
+            output = part.chain.run(input) if part.chain and plain_map(input) else None
             if output is None:
                 for module in part.modules:
                     input = module(input)
@@ -173,7 +173,7 @@ class PackedBlock(fx.GraphModule):
 
 
 def _forward_of_block(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and not self.training:
+    if len(args) == 1 and not kwargs and not self.training and plain_map(args[0]):
         parts: _Parts = self.__dict__.setdefault("_parts", _Parts())
         (part,) = parts.of((self,), entered=True)
         output = None if part.chain is None else part.chain.run(args[0])

@@ -37,8 +37,8 @@ LAYERS = (
     ("planning",),
     ("convert",),
     ("datasets", "float_weights", "graphs", "packed", "stem", "zoo"),
-    ("calibration", "evaluation", "fusion"),
-    ("stepping",),
+    ("calibration", "chain_structure", "evaluation", "fusion"),
+    ("chains", "stepping"),
     ("header", "limits", "packing", "render", "state"),
     ("checkpoint", "report", "training"),
     ("peers", "progress", "timings"),
@@ -69,7 +69,8 @@ ALLOWED_HEAVY = {
 FILES = {path.stem: path for path in PACKAGE.glob("*.py")}
 KERNELS = {path.stem: path for path in (PACKAGE / "kernels").glob("*.py")}
 KERNEL_LAYERS = (
-    "geometry", "version", "buffers", "native", "passes", "reference", "operator", "__init__",
+    "geometry", "version", "buffers", "memory_plan", "native", "chain", "passes", "reference",
+    "operator", "__init__",
 )  # fmt: skip
 MODULES = sorted({*FILES, "kernels"})
 

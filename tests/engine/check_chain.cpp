@@ -1,0 +1,171 @@
+// Compares chains of convolutions with the same convolutions called one by one: bit for bit, with
+// scratch memory of exactly the size they are given.
+//
+//     check_chain [CASES]
+//
+// One line per instruction set; the exit status is 1 where anything differs. See .ci/engine-check.
+#include <string.h>
+
+#include <vector>
+
+#include "engine.h"
+#include "tools.h"
+
+namespace {
+
+const long kDefaultCases = 600;
+
+// Convolutions with stride 1 that keep height and width, each after any one before it.
+struct Layer {
+    void *convolution;
+    int channels, input, residual;  // maps: 0 is the input, n + 1 what layer n gives; -1 for none
+    std::vector<float> gamma;
+    el_epilogue epilogue;
+};
+
+struct Chain {
+    Chain(long number, const char *isa) : random(static_cast<uint64_t>(number)) {
+        height = random.between(1, 9), width = random.between(1, 9);
+        batch = random.between(0, 5), images = random.between(1, 3);
+        threads = random.between(1, 2);
+        sizes.push_back(random.between(1, 70));
+        const int count = random.between(1, 6);
+        layers.resize(static_cast<size_t>(count));
+        for (int i = 0; i < count; i++) add(i, isa);
+    }
+    ~Chain() {
+        for (Layer &layer : layers) el_destroy(layer.convolution);
+    }
+
+    void add(int index, const char *isa) {
+        Layer &layer = layers[static_cast<size_t>(index)];
+        layer.input = index ? random.between(index > 2 ? index - 2 : 0, index) : 0;
+        const int from = sizes[static_cast<size_t>(layer.input)];
+        const bool depthwise = random.chance(25), wide = random.chance(60);
+        layer.channels = depthwise || random.chance(40) ? from : random.between(1, 70);
+        el_geometry shape = {from, layer.channels, depthwise ? from : 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0};
+        if (wide || depthwise) {
+            shape.kernel_h = shape.kernel_w = 3;
+            shape.top = shape.bottom = shape.left = shape.right = 1;
+        }
+        const size_t row = static_cast<size_t>((from / shape.groups) * shape.kernel_h * shape.kernel_w + 7) / 8;
+        std::vector<uint8_t> bits(row * static_cast<size_t>(layer.channels));
+        for (uint8_t &byte : bits) byte = static_cast<uint8_t>(random.next());
+        layer.convolution = el_create(&shape, bits.data(), isa);
+        layer.residual = -1;
+        for (int map = 0; map <= index; map++)
+            if (sizes[static_cast<size_t>(map)] == layer.channels && random.chance(40))
+                layer.residual = map;
+        layer.epilogue = el_epilogue();
+        if (layer.channels == from) {
+            for (int c = 0; c < from; c++) layer.gamma.push_back(random.real(-2, 2));
+            layer.epilogue.gamma = layer.gamma.data();
+            layer.epilogue.link = EL_LINK_IDENTITY;
+        }
+        sizes.push_back(layer.channels);
+    }
+
+    int64_t floats(size_t map) const { return int64_t(sizes[map]) * height * width; }
+
+    Random random;
+    int height, width, batch, images, threads;
+    std::vector<int> sizes;
+    std::vector<Layer> layers;
+};
+
+// Every map whole, by calls of their own.
+bool one_by_one(const Chain &chain, std::vector<std::vector<float>> *maps) {
+    for (size_t i = 0; i < chain.layers.size(); i++) {
+        const Layer &layer = chain.layers[i];
+        std::vector<float> out(static_cast<size_t>(chain.batch * chain.floats(i + 1)));
+        const float *input = (*maps)[static_cast<size_t>(layer.input)].data();
+        el_call call = {};
+        call.input = input;
+        call.link = layer.epilogue.link ? input : nullptr;
+        if (layer.residual >= 0) call.residual = (*maps)[static_cast<size_t>(layer.residual)].data();
+        call.output = out.data();
+        call.batch = chain.batch;
+        call.height = call.out_height = chain.height;
+        call.width = call.out_width = chain.width;
+        call.threads = 1;
+        if (el_run(layer.convolution, &layer.epilogue, &call)) return false;
+        maps->push_back(out);
+    }
+    return true;
+}
+
+// Whether nothing from layer `after` on reads a map, so that it may be written over.
+bool is_last_use(const Chain &chain, int map, size_t after) {
+    if (chain.layers[after].input == map) return false;
+    for (size_t i = after + 1; i < chain.layers.size(); i++)
+        if (chain.layers[i].input == map || chain.layers[i].residual == map) return false;
+    return true;
+}
+
+bool check(long number, const char *isa) {
+    Chain chain(number, isa);
+    const size_t count = chain.layers.size();
+    std::vector<std::vector<float>> maps(1);
+    for (int64_t i = 0; i < chain.batch * chain.floats(0); i++)
+        maps[0].push_back(chain.random.real(-1, 1));
+    if (!one_by_one(chain, &maps)) return false;
+    std::vector<el_place> places(1, el_place{EL_AT_INPUT, 0, 0});
+    std::vector<el_step> steps;
+    int64_t scratch_floats = 0;
+    for (size_t i = 0; i < count; i++) {
+        const Layer &layer = chain.layers[i];
+        el_place out = {EL_AT_OUTPUT, 0, 0};
+        if (i + 1 < count) {
+            out.base = EL_AT_SCRATCH;
+            if (layer.residual > 0 && is_last_use(chain, layer.residual, i)) {
+                out.offset = places[static_cast<size_t>(layer.residual)].offset;
+            } else {
+                out.offset = scratch_floats;
+                scratch_floats += chain.floats(i + 1);
+            }
+        }
+        places.push_back(out);
+        el_step step = {};
+        step.convolution = layer.convolution;
+        step.epilogue = &layer.epilogue;
+        step.input = places[static_cast<size_t>(layer.input)];
+        if (layer.epilogue.link) step.link = step.input;
+        if (layer.residual >= 0) step.residual = places[static_cast<size_t>(layer.residual)];
+        step.output = out;
+        step.height = step.out_height = chain.height;
+        step.width = step.out_width = chain.width;
+        steps.push_back(step);
+    }
+    const size_t size = sizeof(float);
+    const Memory scratch(static_cast<size_t>(scratch_floats * chain.images) * size, true);
+    const Memory input(maps[0].size() * size, true), output(maps[count].size() * size, true);
+    if (!maps[0].empty()) memcpy(input.as<float>(), maps[0].data(), maps[0].size() * size);
+    el_chain call = {};
+    call.steps = steps.data();
+    call.input = input.as<float>();
+    call.scratch = scratch.as<float>();
+    call.output = output.as<float>();
+    call.count = static_cast<int64_t>(count);
+    call.batch = chain.batch;
+    call.images = chain.images;
+    call.input_floats = chain.floats(0);
+    call.output_floats = chain.floats(count);
+    call.threads = chain.threads;
+    if (el_chain_run(&call)) return false;
+    return maps[count].empty() ||
+           !memcmp(output.as<float>(), maps[count].data(), maps[count].size() * size);
+}
+
+}  // namespace
+
+int main(int count, char **given) {
+    const long cases = count > 1 ? atol(given[1]) : kDefaultCases;
+    long wrong = 0;
+    for (int i = 0; const char *isa = el_isa_name(i); i++) {
+        long of_isa = 0;
+        for (long number = 0; number < cases; number++) of_isa += !check(number, isa);
+        printf("%-8s %ld chains, %ld wrong\n", isa, cases, of_isa);
+        wrong += of_isa;
+    }
+    return wrong != 0;
+}
