@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from el_convert.cli_files import read_model
+from el_convert.cli_files import FILE, read_model
 from el_convert.console import check_output, errors_as_exits, step
 
 
 @click.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=FILE)
 @click.option("--to", "format", type=click.Choice(["onnx"]), default="onnx", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write: .onnx.")
 @click.option("--image-size", type=click.IntRange(1), help="Side, where it is not the model's own.")

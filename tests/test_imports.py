@@ -40,6 +40,7 @@ LAYERS = (
     ("calibration", "evaluation", "fusion"),
     ("stepping",),
     ("header", "limits", "packing", "render", "state"),
+    ("folders",),
     ("checkpoint", "report", "training"),
     ("peers", "progress", "timings"),
     ("benchmark", "exporting"),
