@@ -147,6 +147,36 @@ def test_several_outputs(tmp_path: Path) -> None:
     assert [value.name for value in onnx.load(path).graph.output] == ["output0", "output1"]
 
 
+class Gated(nn.Module):
+    """A gate that is all but shut, on features whose sign still counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x * torch.sigmoid(x.abs().mean((2, 3), keepdim=True) - 30)
+        return self.head(self.conv(x)).mean((2, 3))
+
+
+def test_a_shut_gate_keeps_the_sign(tmp_path: Path) -> None:
+    assert export(trained(Gated()), tmp_path / "net.onnx", input_size=SIZE).error <= 1e-5
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_other_dimensions(dims: int, tmp_path: Path) -> None:
+    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+    layers = (convolution(3, 5, 3), convolution(5, 9, 3), transposed(9, 6, 2), convolution(6, 4, 1))
+    model = trained(nn.Sequential(*layers), size=(3, *[9] * dims))
+    path = tmp_path / "net.onnx"
+    done = export(model, path, input_size=(3, *[9] * dims))
+    assert (done.packed, done.error <= 1e-5) == (2, True)
+    bits = [v for v in onnx.load(path).graph.initializer if v.name.endswith("bits")]
+    assert len(bits) == 2
+
+
 def test_what_does_not_agree_is_not_written(net: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     path.write_text("as it was")
@@ -165,7 +195,7 @@ class Branching(Two):
 
 def test_refusals(net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "net.onnx"
-    with pytest.raises(ExportError, match="must be 'onnx', not 'tflite'"):
+    with pytest.raises(ExportError, match="must be 'onnx' or 'torch', not 'tflite'"):
         export(net, path, format="tflite")
     with pytest.raises(ConversionError, match="binarize"):
         export(Net(), path, input_size=SIZE)

@@ -28,6 +28,7 @@ LAYERS = (
         "processes",
         "run_log",
         "slopes",
+        "torch_export",
         "watcher",
     ),
     ("facts",),
