@@ -85,6 +85,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.el_convert.binary_conv2d.default: _binary_conv2d,
         torch.ops.aten.__rshift__.Tensor: _right_shift,
         torch.ops.aten.sigmoid.default: _sigmoid,
+        torch.ops.aten.scaled_dot_product_attention.default: _attention,
     }
 
 
@@ -100,6 +101,32 @@ def _sigmoid(input: Any) -> Any:
     from onnxscript import opset18
 
     return opset18.Max(opset18.Sigmoid(input), opset18.Constant(value_float=_POSITIVE))
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Attention within blocks of an image too, (N, blocks, heads, tokens, channels)."""
+    from onnxscript import opset18
+    from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
+
+    op: Any = opset18
+    rank = len(query.shape)
+    if rank == 4 or attn_mask is not None or is_causal or enable_gqa:
+        return aten_scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
+    factor = int(query.shape[-1]) ** -0.5 if scale is None else scale
+    across = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
+    scores = op.Mul(op.MatMul(query, across), op.Constant(value_float=factor))
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
 
 
 def _drop_notes(model: Any) -> None:

@@ -177,6 +177,20 @@ def test_other_dimensions(dims: int, tmp_path: Path) -> None:
     assert len(bits) == 2
 
 
+class Attending(Two):
+    """Attention within four blocks of the image."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.conv(self.stem(x))  # (N, 16, 18, 18)
+        blocks = x.unflatten(2, (2, 9)).unflatten(4, (2, 9)).permute(0, 2, 4, 3, 5, 1)
+        tokens = blocks.reshape(-1, 4, 81, 2, 8).transpose(2, 3)
+        return F.scaled_dot_product_attention(tokens, tokens.flip(3), tokens)
+
+
+def test_attention_in_blocks(tmp_path: Path) -> None:
+    assert export(trained(Attending()), tmp_path / "net.onnx", input_size=SIZE).error <= 1e-5
+
+
 def test_what_does_not_agree_is_not_written(net: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     path.write_text("as it was")
