@@ -119,13 +119,16 @@ def _attention(
 
     op: Any = opset18
     rank = len(query.shape)
-    if rank == 4 or attn_mask is not None or is_causal or enable_gqa:
+    added = attn_mask is None or attn_mask.dtype == _FLOAT
+    if rank == 4 or not added or is_causal or enable_gqa:
         return aten_scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
     factor = int(query.shape[-1]) ** -0.5 if scale is None else scale
     across = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
     scores = op.Mul(op.MatMul(query, across), op.Constant(value_float=factor))
+    if attn_mask is not None:
+        scores = op.Add(scores, attn_mask)
     return op.MatMul(op.Softmax(scores, axis=-1), value)
 
 

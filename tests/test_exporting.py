@@ -184,7 +184,9 @@ class Attending(Two):
         x = self.conv(self.stem(x))  # (N, 16, 18, 18)
         blocks = x.unflatten(2, (2, 9)).unflatten(4, (2, 9)).permute(0, 2, 4, 3, 5, 1)
         tokens = blocks.reshape(-1, 4, 81, 2, 8).transpose(2, 3)
-        return F.scaled_dot_product_attention(tokens, tokens.flip(3), tokens)
+        plain = F.scaled_dot_product_attention(tokens, tokens.flip(3), tokens)
+        bias = torch.linspace(-1, 1, 81 * 81).view(81, 81)
+        return plain + F.scaled_dot_product_attention(tokens, tokens, plain, attn_mask=bias)
 
 
 def test_attention_in_blocks(tmp_path: Path) -> None:
