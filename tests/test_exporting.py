@@ -244,7 +244,9 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet50", "mobilenetv1_100", "convnext_atto", "googlenet"])
+@pytest.mark.parametrize(
+    "name", ["resnet50", "mobilenetv1_100", "convnext_atto", "googlenet", "densenet121"]
+)
 def test_models_of_the_zoo(name: str, tmp_path: Path) -> None:
     size = (3, 64, 64)
     if name == "googlenet":
@@ -258,3 +260,18 @@ def test_models_of_the_zoo(name: str, tmp_path: Path) -> None:
     if name == "resnet50":
         assert done.packed == 52
         assert done.bytes <= 12_000_000
+
+
+@pytest.mark.slow
+def test_a_backbone_for_detection(tmp_path: Path) -> None:
+    size, path = (3, 96, 96), tmp_path / "backbone.onnx"
+    backbone = trained(timm.create_model("resnet18", features_only=True), size=size)
+    done = export(backbone, path, input_size=size)
+    assert (done.packed, done.error <= 1e-4) == (19, True)
+    x = torch.randn(2, *size)
+    with torch.no_grad():
+        expected = backbone(x)
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [value.name for value in session.get_outputs()] == [f"output{i}" for i in range(5)]
+    for given, wanted in zip(session.run(None, {"input": x.numpy()}), expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(given), wanted, rtol=1e-3, atol=1e-3)
