@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from itertools import zip_longest
@@ -14,9 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from el_convert.atomic import replace_file
+from el_convert.atomic import names_folder, replace_file
 from el_convert.convert import apply, conversion_of, copy_model, floating_dtype
 from el_convert.errors import CheckpointError, ConversionError, ElConvertError, UnknownNameError
+from el_convert.folders import (
+    WEIGHTS,
+    check_present,
+    read_folder,
+    read_safetensors,
+    write_folder,
+    write_safetensors,
+)
 from el_convert.header import KEY, Header, geometry_of, parse_header, write_header
 from el_convert.limits import (
     Allowance,
@@ -46,15 +54,18 @@ def save(
     source: Source | str | None = None,
     half: bool = False,
 ) -> None:
-    """Write a binarized or packed model to a `.pt` or `.safetensors` file.
+    """Write a binarized or packed model to a `.pt` or `.safetensors` file, or to a folder.
 
     The file is `{"el_convert": <JSON header>, "state_dict": {...}}`: `torch.load` reads it with
-    `weights_only=True`; in `.safetensors` the header is the metadata. Saving proves itself: the
-    float skeleton is rebuilt, the conversion replayed and compared before anything is written.
+    `weights_only=True`; in `.safetensors` the header is the metadata. A folder, as the Hugging Face
+    hub has them, gets `model.safetensors` and `config.json`, each with the header. Saving proves
+    itself: the float skeleton is rebuilt, the conversion replayed and compared before anything is
+    written.
 
     Args:
         model: made by `binarize`, `pack` or `load`.
-        path: where to; an existing file is replaced in one step or stays as it was.
+        path: where to; an existing file is replaced in one step or stays as it was. "bnn/" and the
+            name of an existing folder mean a folder, other files of which are left alone.
         source: "resnet50", "timm/...", "torchvision/..." or a Source. By default what the model
             itself says. Without a source the file loads only with `load(path, model=...)`.
         half: store floating-point tensors in float16; `load` gives them their dtype back, with
@@ -65,8 +76,8 @@ def save(
 
     Raises:
         ConversionError: the model is not binarized.
-        CheckpointError: the suffix is another, the given source does not rebuild this model, or
-            the file cannot be written.
+        CheckpointError: the suffix is another, the given source does not rebuild this model, the
+            folder holds another program's model, or the file cannot be written.
         UnknownNameError: `source` is no model's name.
 
     Example:
@@ -78,7 +89,8 @@ def save(
         ...     type(load(f"{folder}/bnn.pt")).__name__
         'ResNet'
     """
-    path = _checked_path(path)
+    folder = names_folder(path, _SUFFIXES)
+    path = Path(path) if folder else _checked_path(path)
     conversion = conversion_of(model)
     known = find_source(source) if isinstance(source, str) else source or source_of(model)
     header = _describe(model, conversion, known, half)
@@ -100,7 +112,12 @@ def save(
     state, text = gather(model, half), write_header(header)
     parse_header(text)  # what load would refuse must not be written
     try:
-        replace_file(path, lambda part: _write(part, path.suffix, text, state))
+        if folder:
+            write_folder(path, text, state)
+        else:
+            replace_file(path, lambda part: _write(part, path.suffix, text, state))
+    except CheckpointError:
+        raise
     except Exception as error:  # each format raises its own; all mean the same to the user
         raise CheckpointError(
             f"could not write {path}: {_reason(error)}; nothing was changed"
@@ -118,7 +135,9 @@ def _reason(error: BaseException) -> BaseException:
 def _checked_path(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.suffix not in _SUFFIXES:
-        raise CheckpointError(f"{path}: the name must end in {' or '.join(_SUFFIXES)}")
+        raise CheckpointError(
+            f"{path}: the name must end in {' or '.join(_SUFFIXES)}, or in / for a folder"
+        )
     return path
 
 
@@ -198,11 +217,8 @@ def _write(path: Path, suffix: str, header: str, state: dict[str, Tensor]) -> No
     if suffix == ".pt":
         with path.open("wb") as stream:  # given a name, torch writes that into the file
             torch.save({KEY: header, "state_dict": pooled(state)}, stream)
-        return
-    from safetensors.torch import save_file
-
-    unshared = {key: value.clone() for key, value in state.items()}  # as the format demands
-    save_file(unshared, path, metadata={KEY: header})
+    else:
+        write_safetensors(path, header, state)
 
 
 def load(
@@ -214,7 +230,8 @@ def load(
     """Read a model that `save` wrote. Never runs code from the file, never half-loads.
 
     Args:
-        path: a `.pt` or `.safetensors` file.
+        path: a `.pt` or `.safetensors` file, or a folder with `model.safetensors` and
+            `config.json`. Nothing is ever downloaded.
         model: the float model it was made from, for models of neither library; left as it was.
         device: where the result goes.
 
@@ -255,12 +272,14 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
     Raises:
         CheckpointError: as `load`.
     """
-    path = _checked_path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}")
-    reader: Callable[[Path], tuple[Any, Any]] = _read_pt if path.suffix == ".pt" else _read_safe
+    path = Path(path)
+    folder = path.is_dir()
+    if not folder:
+        check_present(path)
+        _checked_path(path)
+    read_file = _read_pt if path.suffix == ".pt" else _read_safe
     try:
-        text, state = reader(path)
+        text, state = read_folder(path) if folder else read_file(path)
     except CheckpointError:
         raise
     except Exception as error:  # torch, zipfile and pickle raise a dozen kinds for a damaged file
@@ -271,7 +290,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
     try:
         header = parse_header(text)
         check_tensors(state)
-        check_size(state, path)
+        check_size(state, path / WEIGHTS if folder else path)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return header, dict(state)
@@ -294,13 +313,10 @@ def _read_pt(path: Path) -> tuple[Any, Any]:
 
 
 def _read_safe(path: Path) -> tuple[Any, Any]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt", device="cpu") as content:
-        metadata = content.metadata() or {}
-        if KEY not in metadata:
-            raise CheckpointError(f"{path} is no file of el_convert: its metadata lacks {KEY!r}")
-        return metadata[KEY], {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+    text, state = read_safetensors(path)
+    if text is None:
+        raise CheckpointError(f"{path} is no file of el_convert: its metadata lacks {KEY!r}")
+    return text, state
 
 
 def _checked_skeleton(header: Header, state: Mapping[str, Tensor], room: int) -> nn.Module:

@@ -15,9 +15,9 @@ from click.shell_completion import CompletionItem
 
 from el_convert._version import __version__
 from el_convert.cli_export import export
-from el_convert.cli_files import read_model
+from el_convert.cli_files import FILE, OUT, OUT_HELP, read_model
 from el_convert.cli_training import calibrate, evaluate, train
-from el_convert.console import check_output, errors_as_exits, print_result, step
+from el_convert.console import check_model_output, errors_as_exits, print_result, step
 from el_convert.errors import UnknownNameError, nearest_names
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("model", shell_complete=_complete_model)
-@click.option("--out", type=click.Path(path_type=Path), help="File to write: .pt or .safetensors.")
+@click.option("--out", type=OUT, help=OUT_HELP)
 @click.option(
     "--recipe", default="elastic-link", show_default=True, shell_complete=_complete_recipe
 )
@@ -106,7 +106,7 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 def convert(
     model: str,
-    out: Path | None,
+    out: str | None,
     recipe: str,
     options: Sequence[str],
     keep: Sequence[str],
@@ -121,7 +121,7 @@ def convert(
         guess = f"; or did you mean `el-convert {near[0]}`?" if near else ""
         raise click.UsageError(f"name the file to write with --out FILE, or use --dry-run{guess}")
     if out is not None:
-        check_output(out)
+        check_model_output(out)
     with errors_as_exits():
         chosen = _recipe(recipe, options)
         binary, source = _build(model, chosen, keep, pretrained, num_classes)
@@ -134,7 +134,9 @@ def convert(
     written = None if dry_run else out
     _show(summary, as_json, {"source": str(source), "file": written and str(written)})
     if written is not None and not as_json:
-        click.echo(f"wrote {written} ({written.stat().st_size / 1e6:.1f} MB); now train it")
+        from el_convert.folders import stored_bytes
+
+        click.echo(f"wrote {written} ({stored_bytes(written) / 1e6:.1f} MB); now train it")
 
 
 def _recipe(name: str, options: Sequence[str]) -> Recipe:
@@ -209,20 +211,19 @@ def models(glob: str) -> None:
 
 
 @main.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="File to write, likewise."
-)
+@click.argument("file", type=FILE)
+@click.option("--out", type=OUT, required=True, help=OUT_HELP)
 @click.option("--half", is_flag=True, help="Store what stays float in float16.")
-def pack(file: Path, out: Path, half: bool) -> None:
+def pack(file: Path, out: str, half: bool) -> None:
     """Store the weights of a trained FILE at 1 bit each.
 
     The file must be of a timm or torchvision model; FILE itself stays as it is.
     """
-    check_output(out)
+    check_model_output(out)
     with step("loading torch"):
         from el_convert.checkpoint import load, save
         from el_convert.errors import first_few
+        from el_convert.folders import stored_bytes
         from el_convert.packing import pack, slow_layers
     with errors_as_exits():
         with step(f"reading {file}"):
@@ -237,22 +238,22 @@ def pack(file: Path, out: Path, half: bool) -> None:
     slow = [f"{path}: {why}" for path, why in slow_layers(packed)]
     if slow:
         click.echo(f"{len(slow)} layers run in plain torch: {first_few(slow)}", err=True)
-    before, after = file.stat().st_size, out.stat().st_size
+    before, after = stored_bytes(file), stored_bytes(out)
     click.echo(f"wrote {out} ({after / 1e6:.1f} MB, {before / after:.1f}x smaller than {file})")
 
 
 @main.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 def inspect(file: Path, as_json: bool) -> None:
     """Show what a saved FILE holds."""
     with step("loading torch"):
-        import torch  # noqa: F401
+        from el_convert.folders import stored_bytes
     with errors_as_exits():
         model, source, header = read_model(file)
         summary = _summarize(model)
     versions = ", ".join(f"{name} {v}" for name, v in (header.created_with or {}).items())
-    size = file.stat().st_size
+    size = stored_bytes(file)
     extra: dict[str, Any] = {
         "source": str(source),
         "file": str(file),
@@ -312,10 +313,11 @@ def bench(model: str, against: str, as_json: bool, **options: Any) -> None:
 def _contestants(name: str) -> tuple[nn.Module, nn.Module, Any]:
     """The packed model, a float one of the same architecture, and where both come from."""
     from el_convert.benchmark import pack_untrained
+    from el_convert.folders import is_saved
     from el_convert.packing import pack
     from el_convert.zoo import create, find_source
 
-    if not Path(name).is_file():
+    if not is_saved(name):
         source = find_source(name)
         with step(f"building and packing {name}"), redirect_stdout(sys.stderr):
             original = create(source).eval()

@@ -7,16 +7,22 @@ from pathlib import Path
 
 import click
 
-from el_convert.cli_files import read_model
+from el_convert.cli_files import FILE, read_model
 from el_convert.console import check_output, errors_as_exits, step
+
+_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 
 
 @click.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--to", "format", type=click.Choice(["onnx"]), default="onnx", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write: .onnx.")
+@click.argument("file", type=FILE)
+@click.option(
+    "--to", "format", type=click.Choice(list(_SUFFIXES)), default="onnx", show_default=True
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="File to write: .onnx or .pt2."
+)
 @click.option("--image-size", type=click.IntRange(1), help="Side, where it is not the model's own.")
-@click.option("--float-weights", is_flag=True, help="Weights as float32 instead of bits.")
+@click.option("--float-weights", is_flag=True, help="Weights as float32, in ONNX files.")
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),
@@ -35,9 +41,11 @@ def export(
     """Write the network in FILE, packed or not, for another runtime.
 
     The ONNX file holds standard operators only and takes any batch size. It is written only where
-    ONNX Runtime agrees with the model on random images.
+    ONNX Runtime agrees with the model on random images. `--to torch` writes a program of
+    torch.export, checked likewise. That is not a safe format: load only what you trust, after
+    `import el_convert.kernels`.
     """
-    check_output(out, (".onnx",))
+    check_output(out, (_SUFFIXES[format],))
     with step("loading torch"):
         from el_convert.exporting import export as export_model
         from el_convert.zoo import input_spec
@@ -56,8 +64,11 @@ def export(
                 float_weights=float_weights,
                 tolerance=tolerance,
             )
+    reader, kind = "ONNX Runtime", f"opset {done.opset}"
+    if format == "torch":
+        reader, kind = "the program", "any batch" if done.any_batch else "one image at a time"
     click.echo(
-        f"wrote {out} ({done.bytes / 1e6:.1f} MB, opset {done.opset}): {done.packed} convolutions "
-        f"{'as float32' if float_weights else 'at 1 bit'}; ONNX Runtime differs by "
+        f"wrote {out} ({done.bytes / 1e6:.1f} MB, {kind}): {done.packed} convolutions "
+        f"{'as float32' if float_weights else 'at 1 bit'}; {reader} differs by "
         f"{done.error:.1e} on {done.images} images"
     )

@@ -1,4 +1,4 @@
-"""Reading a converted file for a command."""
+"""Converted files as commands take them and read them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from el_convert.console import step
+
+FILE = click.Path(exists=True, path_type=Path)
+"""A saved model: a file, or a folder with config.json and model.safetensors."""
+
+OUT = click.Path(path_type=str)
+"""Where to save one, as it was typed: `bnn/` is a folder."""
+
+OUT_HELP = "File to write, .pt or .safetensors, or a folder: bnn/."
 
 if TYPE_CHECKING:
     from torch import nn

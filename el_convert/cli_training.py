@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 import click
 
-from el_convert.cli_files import read_model
-from el_convert.console import check_output, errors_as_exits, step
+from el_convert.cli_files import FILE, OUT, OUT_HELP, read_model
+from el_convert.console import check_model_output, errors_as_exits, step
 from el_convert.errors import TrainingError
 from el_convert.train_options import ImageOptions, TrainOptions, field_help
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _FROM_MODEL = ("size", "mean", "std", "images")
 _EVALUATION = ("batch_size", "workers", "crop_pct", "corrupt")
-_INPUT = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FLOAT = click.Path(exists=True, dir_okay=False, path_type=Path)
 _DATA = click.Path(path_type=Path)
 
 
@@ -106,17 +106,17 @@ def _image_options(
 
 
 @click.command()
-@click.argument("file", type=_INPUT)
+@click.argument("file", type=FILE)
 @click.option(
     "--data", type=_DATA, required=True, help="Folder of classes, of train and val, or tar."
 )
 @click.option("--val", type=_DATA, help="Images to validate on, where not beside the others.")
-@click.option("--out", type=_DATA, required=True, help="File to write: .pt or .safetensors.")
+@click.option("--out", type=OUT, required=True, help=OUT_HELP)
 @click.option("--run", type=_DATA, help="Folder of the run; OUT's name with .run by default.")
 @click.option("--resume", is_flag=True, help="Go on where the run stopped.")
-@click.option("--weights", type=_INPUT, help="Float checkpoint of the same network to start from.")
+@click.option("--weights", type=_FLOAT, help="Float checkpoint of the same network to start from.")
 @click.option("--teacher", help="Model name, whose trained weights are used, or a converted FILE.")
-@click.option("--teacher-weights", type=_INPUT, help="Float checkpoint of a named teacher.")
+@click.option("--teacher-weights", type=_FLOAT, help="Float checkpoint of a named teacher.")
 @_size_option
 @_device_option
 @_options_of(ImageOptions)
@@ -125,7 +125,7 @@ def train(
     file: Path,
     data: Path,
     val: Path | None,
-    out: Path,
+    out: str,
     run: Path | None,
     resume: bool,
     weights: Path | None,
@@ -140,7 +140,7 @@ def train(
     The recipe says how: in one step or two, with a teacher or without. `torchrun -m el_convert
     train ...` trains on many GPUs; the learning rate is that of the whole batch.
     """
-    check_output(out)
+    check_model_output(out)
     with step("loading torch"):
         from el_convert.checkpoint import save
         from el_convert.datasets import find_splits, open_images
@@ -148,7 +148,7 @@ def train(
         from el_convert.processes import join_processes
         from el_convert.training import check_trainable
         from el_convert.training import train as train_model
-    run = run or out.with_suffix(".run")
+    run = run or _beside(Path(out))
     for_images = {f.name: given.pop(f.name) for f in fields(ImageOptions) if f.name in given}
     where = _device(device)
     with errors_as_exits(), join_processes(where) as processes:
@@ -193,11 +193,17 @@ def train(
     click.echo(f"wrote {out}: loss {last.train_loss:.4f}{accuracy}; the run is in {run}")
 
 
+def _beside(out: Path) -> Path:
+    named = out if out.name not in ("", "..") else out.resolve()
+    return named.with_suffix(".run")
+
+
 def _teacher(name: str, weights: Path | None, classes: int) -> nn.Module:
     from el_convert.float_weights import load_float_weights
+    from el_convert.folders import is_saved
     from el_convert.zoo import create, find_source
 
-    if Path(name).is_file():
+    if is_saved(name):
         return read_model(Path(name))[0]
     with step(f"building the teacher {name}"):
         if weights is None:
@@ -223,7 +229,7 @@ def _shown(first: bool) -> Iterator[Any]:
 
 
 @click.command()
-@click.argument("file", type=_INPUT)
+@click.argument("file", type=FILE)
 @click.option(
     "--data", type=_DATA, required=True, help="Folder of classes, with val in it, or tar."
 )
@@ -278,9 +284,9 @@ def evaluate(
 
 
 @click.command()
-@click.argument("file", type=_INPUT)
+@click.argument("file", type=FILE)
 @click.option("--data", type=_DATA, required=True, help="Images like those to train on.")
-@click.option("--out", type=_DATA, required=True, help="File to write: .pt or .safetensors.")
+@click.option("--out", type=OUT, required=True, help=OUT_HELP)
 @click.option("--batches", type=click.IntRange(1), default=20, show_default=True)
 @_size_option
 @_device_option
@@ -288,7 +294,7 @@ def evaluate(
 def calibrate(
     file: Path,
     data: Path,
-    out: Path,
+    out: str,
     batches: int,
     image_size: int | None,
     device: str | None,
@@ -299,7 +305,7 @@ def calibrate(
     Before training, so that it starts from statistics of the binarized network rather than of the
     float one.
     """
-    check_output(out)
+    check_model_output(out)
     with step("loading torch"):
         from itertools import islice
 

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
+from el_convert.atomic import names_folder
 from el_convert.errors import ElConvertError, SourceError, UnknownNameError
 
 _SUFFIXES = (".pt", ".safetensors")
@@ -42,27 +44,51 @@ def step(label: str) -> Iterator[None]:
         yield
 
 
-def check_output(out: Path, suffixes: tuple[str, ...] = _SUFFIXES) -> None:
-    """Refuse an output that cannot be written, before anything slow.
+def check_model_output(out: str) -> None:
+    """Refuse a file or folder that a model cannot be written to, before anything slow.
+
+    Args:
+        out: as it was typed: "bnn/" is a folder.
+
+    Raises:
+        click.BadParameter: wrong suffix, missing or read-only folder.
+    """
+    folder = Path(out)
+    if not names_folder(out, _SUFFIXES):
+        check_output(folder, _SUFFIXES, " or in / for a folder")
+    elif folder.is_file():
+        _refuse(f"{out}: {folder} is a file")
+    else:
+        _check_parent(folder if folder.exists() else folder.parent)
+
+
+def check_output(out: Path, suffixes: tuple[str, ...], more: str = "") -> None:
+    """Refuse an output file that cannot be written, before anything slow.
 
     Args:
         out: the file.
         suffixes: what its name may end in.
+        more: what else it may be, for the message.
 
     Raises:
         click.BadParameter: wrong suffix, missing or read-only folder, or a folder itself.
     """
-    problem = ""
     if out.suffix not in suffixes:
-        problem = f"{out}: the name must end in {' or '.join(suffixes)}"
-    elif not out.parent.is_dir():
-        problem = f"folder {out.parent} does not exist: mkdir -p {out.parent}"
-    elif out.is_dir():
-        problem = f"{out} is a folder"
-    elif not os.access(out.parent, os.W_OK):
-        problem = f"folder {out.parent} is not writable"
-    if problem:
-        raise click.BadParameter(problem, param_hint="--out")
+        _refuse(f"{out}: the name must end in {' or '.join(suffixes)}{more}")
+    _check_parent(out.parent)
+    if out.is_dir():
+        _refuse(f"{out} is a folder")
+
+
+def _check_parent(folder: Path) -> None:
+    if not folder.is_dir():
+        _refuse(f"folder {folder} does not exist: mkdir -p {folder}")
+    if not os.access(folder, os.W_OK):
+        _refuse(f"folder {folder} is not writable")
+
+
+def _refuse(problem: str) -> NoReturn:
+    raise click.BadParameter(problem, param_hint="--out")
 
 
 def print_result(result: object) -> None:

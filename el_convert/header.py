@@ -116,7 +116,7 @@ def parse_header(text: Any) -> Header:
     Raises:
         CheckpointError: for anything that `write_header` would not have written.
     """
-    data = _json_object(text)
+    data = json_object(text)
     number = data.get("format")
     if type(number) is not int or number < 1:
         raise CheckpointError(f"the file's format is {number!r}, not a format number")
@@ -142,7 +142,12 @@ def parse_header(text: Any) -> Header:
     )
 
 
-def _json_object(text: Any) -> dict[str, Any]:
+def json_object(text: Any) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: it is none, or holds what must not be shown in a terminal.
+    """
     if not isinstance(text, str):
         raise CheckpointError("the file's header is not text: not a file of el_convert")
     try:

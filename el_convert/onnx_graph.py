@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from el_convert.errors import ExportError, first_line
+from el_convert.errors import ExportError
 
 OPSET = 18
 """The version of ONNX's operators that graphs use."""
 
+_ESCAPES = re.compile("\x1b\\[[0-9;]*m")
 _UINT8, _FLOAT = 2, 1  # ONNX's numbers of these types
+_POSITIVE = 1e-30  # leaves room for a factor before a product is 0
 _UNPACKING = {"Unsqueeze", "BitShift", "Reshape", "Slice", "Cast", "Mul", "Sub"}
 
 
@@ -41,7 +44,6 @@ def onnx_program(
     """
     from onnxscript.optimizer import optimize_ir
 
-    operator = torch.ops.el_convert.binary_conv2d.default
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's exporter warns about itself
@@ -53,7 +55,7 @@ def onnx_program(
                 optimize=False,
                 opset_version=OPSET,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
-                custom_translation_table={operator: _binary_conv2d},
+                custom_translation_table=_translations(),
                 input_names=["input"],
                 output_names=list(output_names),
             )
@@ -63,9 +65,71 @@ def onnx_program(
             _drop_notes(program.model)
     except Exception as error:  # torch.export and torch.onnx raise errors of a dozen kinds
         raise ExportError(
-            f"{type(model).__name__} cannot be exported ({first_line(error)})"
+            f"{type(model).__name__} cannot be exported ({_reason(error)})"
         ) from error
     return program
+
+
+def _reason(error: BaseException) -> str:
+    """What stopped torch's exporter, from under the general advice that it wraps it in."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    plain = _ESCAPES.sub("", f"{type(error).__name__}: {lines[0] if lines else ''}")
+    return plain.strip()
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Operators that torch's exporter does not know, or that runtimes compute too coarsely."""
+    return {
+        torch.ops.el_convert.binary_conv2d.default: _binary_conv2d,
+        torch.ops.aten.__rshift__.Tensor: _right_shift,
+        torch.ops.aten.sigmoid.default: _sigmoid,
+        torch.ops.aten.scaled_dot_product_attention.default: _attention,
+    }
+
+
+def _right_shift(bits: Any, places: Any) -> Any:
+    """Of bytes: how convolutions other than 2d unpack their weights."""
+    from onnxscript import opset18
+
+    return opset18.BitShift(bits, places, direction="RIGHT")
+
+
+def _sigmoid(input: Any) -> Any:
+    """Never 0, which ONNX Runtime gives from -18 on: times a positive feature its sign is +1."""
+    from onnxscript import opset18
+
+    return opset18.Max(opset18.Sigmoid(input), opset18.Constant(value_float=_POSITIVE))
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Attention within blocks of an image too, (N, blocks, heads, tokens, channels)."""
+    from onnxscript import opset18
+    from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
+
+    op: Any = opset18
+    rank = len(query.shape)
+    added = attn_mask is None or attn_mask.dtype == _FLOAT
+    if rank == 4 or not added or is_causal or enable_gqa:
+        return aten_scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
+    factor = int(query.shape[-1]) ** -0.5 if scale is None else scale
+    across = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
+    scores = op.Mul(op.MatMul(query, across), op.Constant(value_float=factor))
+    if attn_mask is not None:
+        scores = op.Add(scores, attn_mask)
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
 
 
 def _drop_notes(model: Any) -> None:

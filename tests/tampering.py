@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,16 @@ from el_convert import CheckpointError, binarize, load, save
 Change = Callable[[dict[str, Any]], object]
 CONVERTED = "layer2.0.conv1"
 SHAPE_OF_HEAD = (4, 96)
+
+
+class Bomb:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.target),)
 
 
 def float_model() -> nn.Module:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tampering import (
     SHAPE_OF_HEAD,
+    Bomb,
     Change,
     content_of,
     drop,
@@ -34,16 +33,6 @@ from el_convert import CheckpointError, binarize, load
 
 SUFFIXES = (".pt", ".safetensors")
 BIAS, HEAD = "fc.bias", "fc.weight"
-
-
-class Bomb:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (str(self.target),)
 
 
 @pytest.fixture(scope="module")

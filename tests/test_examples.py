@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,45 +35,72 @@ def test_quickstart_script(tmp_path: Path) -> None:
     assert set(torch.load(tmp_path / "small.pt", weights_only=True)) == {"el_convert", "state_dict"}
 
 
-def test_notebook_is_stored_without_outputs() -> None:
-    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+@pytest.mark.parametrize("name", ["quickstart.ipynb", "digits.ipynb"])
+def test_notebooks_are_stored_without_outputs(name: str) -> None:
+    notebook = nbformat.read(EXAMPLES / name, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
 
 
-# Warnings of the notebook machinery (event loops, folders, ports) are not ours to fix.
-@pytest.mark.filterwarnings("ignore")
-def test_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for a notebook to run in, whose machinery writes elsewhere."""
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "jupyter"))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # tqdm misses ipywidgets, which nothing here needs.
     monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
-    work = tmp_path / "work"
-    work.mkdir()
-    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
+
+
+def executed(name: str, work: Path, timeout: int) -> tuple[list[str], str]:
+    """The HTML that a notebook shows and what it prints; it must not warn."""
+    notebook = nbformat.read(EXAMPLES / name, as_version=4)
     nbclient.NotebookClient(
         notebook,
-        timeout=120,
+        timeout=timeout,
         kernel_name="python3",
         resources={"metadata": {"path": str(work)}},
     ).execute()
-
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    pages = [
-        output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})
-    ]
+    shown = [output.get("data", {}) for output in outputs]
+    streams = [output for output in outputs if output.output_type == "stream"]
+    assert [output.text for output in streams if output.name == "stderr"] == []  # no warnings
+    pages = [data["text/html"] for data in shown if "text/html" in data]
+    return pages, "".join(output.text for output in streams)
+
+
+# Warnings of the notebook machinery (event loops, folders, ports) are not ours to fix.
+@pytest.mark.filterwarnings("ignore")
+def test_quickstart_notebook(work: Path) -> None:
+    pages, printed = executed("quickstart.ipynb", work, 120)
     assert len(pages) == 1
     assert "<table>" in pages[0]
     assert "layer2.0.downsample.0" in pages[0]
-    streams = [output for output in outputs if output.output_type == "stream"]
-    assert [output.text for output in streams if output.name == "stderr"] == []  # no warnings
-    printed = "".join(output.text for output in streams)
     assert "answers the same: True" in printed
     assert [path.name for path in work.iterdir()] == ["bnn.pt"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_digits_notebook(work: Path) -> None:
+    pages, printed = executed("digits.ipynb", work, 600)
+    assert "<table>" in pages[0]
+    top1 = [float(found) for found in re.findall(r"top-1 ([0-9.]+) %", printed)]
+    assert len(top1) == 7
+    assert top1[-1] >= 93  # ONNX Runtime, on digits that were not trained on
+    assert "answers the same: True" in printed
+    agreeing = re.search(r"gives (\d+) of 1000 digits the same answer", printed)
+    assert agreeing is not None
+    assert int(agreeing[1]) >= 999  # of two equal scores either may win
+    names = ["digits.onnx", "digits.pt", "half.pt", "packed.pt"]
+    assert sorted(path.name for path in work.iterdir()) == names
+    sizes = {path.name: path.stat().st_size for path in work.iterdir()}
+    assert sizes["half.pt"] < sizes["packed.pt"] < sizes["digits.pt"] / 4
 
 
 def example(name: str, *words: object, cwd: Path) -> str:

@@ -147,6 +147,52 @@ def test_several_outputs(tmp_path: Path) -> None:
     assert [value.name for value in onnx.load(path).graph.output] == ["output0", "output1"]
 
 
+class Gated(nn.Module):
+    """A gate that is all but shut, on features whose sign still counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x * torch.sigmoid(x.abs().mean((2, 3), keepdim=True) - 30)
+        return self.head(self.conv(x)).mean((2, 3))
+
+
+def test_a_shut_gate_keeps_the_sign(tmp_path: Path) -> None:
+    assert export(trained(Gated()), tmp_path / "net.onnx", input_size=SIZE).error <= 1e-5
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_other_dimensions(dims: int, tmp_path: Path) -> None:
+    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+    layers = (convolution(3, 5, 3), convolution(5, 9, 3), transposed(9, 6, 2), convolution(6, 4, 1))
+    model = trained(nn.Sequential(*layers), size=(3, *[9] * dims))
+    path = tmp_path / "net.onnx"
+    done = export(model, path, input_size=(3, *[9] * dims))
+    assert (done.packed, done.error <= 1e-5) == (2, True)
+    bits = [v for v in onnx.load(path).graph.initializer if v.name.endswith("bits")]
+    assert len(bits) == 2
+
+
+class Attending(Two):
+    """Attention within four blocks of the image."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.conv(self.stem(x))  # (N, 16, 18, 18)
+        blocks = x.unflatten(2, (2, 9)).unflatten(4, (2, 9)).permute(0, 2, 4, 3, 5, 1)
+        tokens = blocks.reshape(-1, 4, 81, 2, 8).transpose(2, 3)
+        plain = F.scaled_dot_product_attention(tokens, tokens.flip(3), tokens)
+        bias = torch.linspace(-1, 1, 81 * 81).view(81, 81)
+        return plain + F.scaled_dot_product_attention(tokens, tokens, plain, attn_mask=bias)
+
+
+def test_attention_in_blocks(tmp_path: Path) -> None:
+    assert export(trained(Attending()), tmp_path / "net.onnx", input_size=SIZE).error <= 1e-5
+
+
 def test_what_does_not_agree_is_not_written(net: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     path.write_text("as it was")
@@ -165,7 +211,7 @@ class Branching(Two):
 
 def test_refusals(net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "net.onnx"
-    with pytest.raises(ExportError, match="must be 'onnx', not 'tflite'"):
+    with pytest.raises(ExportError, match="must be 'onnx' or 'torch', not 'tflite'"):
         export(net, path, format="tflite")
     with pytest.raises(ConversionError, match="binarize"):
         export(Net(), path, input_size=SIZE)
@@ -198,7 +244,9 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet50", "mobilenetv1_100", "convnext_atto", "googlenet"])
+@pytest.mark.parametrize(
+    "name", ["resnet50", "mobilenetv1_100", "convnext_atto", "googlenet", "densenet121"]
+)
 def test_models_of_the_zoo(name: str, tmp_path: Path) -> None:
     size = (3, 64, 64)
     if name == "googlenet":
@@ -212,3 +260,18 @@ def test_models_of_the_zoo(name: str, tmp_path: Path) -> None:
     if name == "resnet50":
         assert done.packed == 52
         assert done.bytes <= 12_000_000
+
+
+@pytest.mark.slow
+def test_a_backbone_for_detection(tmp_path: Path) -> None:
+    size, path = (3, 96, 96), tmp_path / "backbone.onnx"
+    backbone = trained(timm.create_model("resnet18", features_only=True), size=size)
+    done = export(backbone, path, input_size=size)
+    assert (done.packed, done.error <= 1e-4) == (19, True)
+    x = torch.randn(2, *size)
+    with torch.no_grad():
+        expected = backbone(x)
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [value.name for value in session.get_outputs()] == [f"output{i}" for i in range(5)]
+    for given, wanted in zip(session.run(None, {"input": x.numpy()}), expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(given), wanted, rtol=1e-3, atol=1e-3)
