@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,15 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from el_convert.agreement import (
+    difference,
+    output_names,
+    outputs_of,
+    random_images,
+    refuse_difference,
+)
 from el_convert.atomic import replace_file
 from el_convert.errors import ExportError, first_line
 from el_convert.onnx_graph import OPSET, onnx_program
+from el_convert.openvino_export import write_openvino
 from el_convert.packed import PackedConv
 from el_convert.packing import pack
 
-_NEEDED = ("onnx", "onnxscript", "onnxruntime")
-_BATCHES = (1, 3)  # what the file is tried on: the batch size is free
-_SEED = 0
+_NEEDED = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+}
+_BATCHES = (1, 3)  # what an ONNX file is tried on: the batch size is free
 
 
 @dataclass(frozen=True)
@@ -29,11 +38,13 @@ class Exported:
 
     Attributes:
         path: the file.
-        bytes: its size.
-        opset: version of ONNX's operators.
+        bytes: its size, for OpenVINO with that of the .bin.
+        opset: version of ONNX's operators; 0 for OpenVINO.
         packed: how many convolutions are stored at 1 bit a weight.
         error: the largest difference from the model, relative to its largest output.
         images: how many images that is from.
+        binary: for OpenVINO, the names of the layers that it was seen to run on its 1-bit kernels.
+        in_float: for OpenVINO, (name, why) of the convolutions that it runs in float.
     """
 
     path: Path
@@ -42,6 +53,8 @@ class Exported:
     packed: int
     error: float
     images: int
+    binary: tuple[str, ...] = ()
+    in_float: tuple[tuple[str, str], ...] = ()
 
 
 def export(
@@ -52,6 +65,7 @@ def export(
     input_size: Sequence[int] = (3, 224, 224),
     images: Tensor | None = None,
     float_weights: bool = False,
+    batch: int | None = None,
     tolerance: float = 1e-4,
 ) -> Exported:
     """Write a binarized network for another runtime, once it was seen to agree there.
@@ -60,13 +74,20 @@ def export(
     bytes that operators of the graph unpack. Initializers keep their names. The file is checked by
     `onnx.checker` and run by ONNX Runtime on random images, and on `images`.
 
+    The OpenVINO files, `path` and a .bin beside it, have a `BinaryConvolution` for every
+    convolution of two dimensions without groups whose input channels are a multiple of 8; other
+    ones convolve signs in float. OpenVINO's CPU plugin must have run each on a 1-bit kernel, which
+    is read from the graph it executes, and must agree on as many images, or nothing is written.
+
     Args:
         model: made by `binarize`, `load` or `pack`, trained; not changed.
-        path: file to write.
-        format: "onnx".
+        path: file to write; for OpenVINO it ends in .xml.
+        format: "onnx" or "openvino".
         input_size: (C, H, W).
         images: (N, C, H, W), more to compare on, as the model takes them.
-        float_weights: store weights as float32, for runtimes without `BitShift`.
+        float_weights: store weights as float32, for runtimes without `BitShift`; ONNX only.
+        batch: images in a run, which OpenVINO's 1-bit kernels need to know: 1 by default.
+            OpenVINO's `Model.reshape` changes it later. ONNX files take any number.
         tolerance: the largest difference from the model's outputs, relative to the largest of
             them, with which a file is written.
 
@@ -76,24 +97,59 @@ def export(
     Raises:
         ConversionError: the model is not binarized or has nothing to pack.
         ExportError: the extra `export` is not installed, the model's forward cannot be exported,
-            its outputs are not finite, or the file does not agree: nothing is written.
+            its outputs are not finite, or the file does not agree, or an argument is of the other
+            format: nothing is written.
 
     Example:
         >>> export(binarize(model).eval(), "model.onnx").packed  # doctest: +SKIP
         52
     """
-    if format != "onnx":
-        raise ExportError(f"format must be 'onnx', not {format!r}")
-    missing = [name for name in _NEEDED if find_spec(name) is None]
+    path = Path(path)
+    _refuse_arguments(format, path, float_weights, batch)
+    packed = model if _packed_layers(model) else pack(model)
+    layers = _packed_layers(packed)
+    batches = list(random_images(sum(_BATCHES), input_size).split(_BATCHES))
+    batches += [] if images is None else [images]
+    count = sum(map(len, batches))
+    if format == "openvino":
+        done = write_openvino(
+            packed, path, torch.cat(batches), batch=batch or 1, tolerance=tolerance
+        )
+        size = sum(file.stat().st_size for file in done.files)
+        return Exported(path, size, 0, layers, done.error, count, done.binary, done.in_float)
+    error = _write_onnx(packed, path, batches, float_weights, tolerance)
+    return Exported(path, path.stat().st_size, OPSET, layers, error, count)
+
+
+def _refuse_arguments(format: str, path: Path, float_weights: bool, batch: int | None) -> None:
+    if format not in _NEEDED:
+        raise ExportError(f"format must be {' or '.join(map(repr, _NEEDED))}, not {format!r}")
+    missing = [name for name in _NEEDED[format] if find_spec(name) is None]
     if missing:
         raise ExportError(
             f"{' and '.join(missing)} not installed: pip install 'el_convert[export]' brings them"
         )
-    packed = model if _packed_layers(model) else pack(model)
-    batches = [*_random_batches(input_size), *([] if images is None else [images])]
-    expected = [_outputs(packed, batch) for batch in batches]
+    if format == "onnx" and batch is not None:
+        raise ExportError("ONNX files take any batch size: leave batch out")
+    if format == "openvino" and float_weights:
+        raise ExportError("float_weights is for ONNX: OpenVINO has 1-bit weights")
+    if format == "openvino" and path.suffix != ".xml":
+        raise ExportError(f"{path}: the name of OpenVINO's file must end in .xml")
+    if batch is not None and batch < 1:
+        raise ExportError(f"batch must be at least 1, not {batch}")
+
+
+def _write_onnx(
+    packed: nn.Module,
+    path: Path,
+    batches: Sequence[Tensor],
+    float_weights: bool,
+    tolerance: float,
+) -> float:
+    """Write it if it agrees, and return by how much it differs."""
+    expected = [outputs_of(packed, batch) for batch in batches]
     sample = batches[len(_BATCHES) - 1]
-    names = ["output"] if len(expected[0]) == 1 else [f"output{i}" for i in range(len(expected[0]))]
+    names = output_names(expected[0])
     program = onnx_program(packed, sample, names, float_weights=float_weights)
     errors: list[float] = []
 
@@ -101,45 +157,16 @@ def export(
         program.save(str(temporary), external_data=False)
         run = _checked(temporary)
         errors.extend(
-            _difference(run(batch), wanted) for batch, wanted in zip(batches, expected, strict=True)
+            difference(run(batch), wanted) for batch, wanted in zip(batches, expected, strict=True)
         )
-        if not max(errors) <= tolerance:
-            raise ExportError(
-                f"ONNX Runtime differs from the model by {max(errors):.1e}, more than the "
-                f"tolerance of {tolerance:.0e}: nothing was written"
-            )
+        refuse_difference("ONNX Runtime", max(errors), tolerance)
 
-    replace_file(Path(path), write)
-    return Exported(
-        Path(path),
-        Path(path).stat().st_size,
-        OPSET,
-        _packed_layers(packed),
-        max(errors),
-        sum(len(batch) for batch in batches),
-    )
+    replace_file(path, write)
+    return max(errors)
 
 
 def _packed_layers(model: nn.Module) -> int:
     return sum(isinstance(module, PackedConv) for module in model.modules())
-
-
-def _random_batches(size: Sequence[int]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(_SEED)
-    return [torch.randn(batch, *size, generator=generator) for batch in _BATCHES]
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, batch: Tensor) -> list[Tensor]:
-    """The tensors of a model's output, in the order in which exporters flatten it."""
-    found, _ = torch.utils._pytree.tree_flatten(model(batch))
-    tensors = [value for value in found if isinstance(value, Tensor)]
-    if not all(bool(value.isfinite().all()) for value in tensors):
-        raise ExportError(
-            "the model's outputs are not finite, so no file can be compared with it: train it, or "
-            "let its norms see images with calibrate"
-        )
-    return tensors
 
 
 def _checked(file: Path) -> Callable[[Tensor], list[Tensor]]:
@@ -163,14 +190,3 @@ def _checked(file: Path) -> Callable[[Tensor], list[Tensor]]:
         return [torch.from_numpy(output) for output in outputs]
 
     return run
-
-
-def _difference(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """The largest difference, relative to the largest value of the same output."""
-    if [tuple(value.shape) for value in given] != [tuple(value.shape) for value in wanted]:
-        return math.inf
-    pairs = zip(given, wanted, strict=True)
-    return max(
-        float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
-        for ours, theirs in pairs
-    )

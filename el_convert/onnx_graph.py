@@ -19,7 +19,12 @@ _UNPACKING = {"Unsqueeze", "BitShift", "Reshape", "Slice", "Cast", "Mul", "Sub"}
 
 
 def onnx_program(
-    model: nn.Module, input: Tensor, output_names: Sequence[str], *, float_weights: bool = False
+    model: nn.Module,
+    input: Tensor,
+    output_names: Sequence[str],
+    *,
+    float_weights: bool = False,
+    translate: Callable[..., Any] | None = None,
 ) -> Any:
     """Translate a packed network.
 
@@ -32,6 +37,7 @@ def onnx_program(
         input: (N, C, H, W) with N of 2 or more; the graph takes any N.
         output_names: of the graph's outputs.
         float_weights: store +1 and -1 as float32 instead, for runtimes without `BitShift`.
+        translate: what takes the place of `binary_conv2d_in_onnx`.
 
     Returns:
         torch's `ONNXProgram`.
@@ -53,7 +59,7 @@ def onnx_program(
                 optimize=False,
                 opset_version=OPSET,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
-                custom_translation_table={operator: _binary_conv2d},
+                custom_translation_table={operator: translate or binary_conv2d_in_onnx},
                 input_names=["input"],
                 output_names=list(output_names),
             )
@@ -89,7 +95,7 @@ def _folding(float_weights: bool) -> Callable[[Any], bool | None]:
     return should_fold
 
 
-def _binary_conv2d(
+def binary_conv2d_in_onnx(
     input: Any,
     bits: Any,
     threshold: Any,
@@ -99,7 +105,7 @@ def _binary_conv2d(
     dilation: Sequence[int],
     groups: int,
 ) -> Any:
-    """`torch.ops.el_convert.binary_conv2d` in ONNX's operators."""
+    """`torch.ops.el_convert.binary_conv2d`, whose arguments these are, in ONNX's operators."""
     from onnxscript import opset18
 
     op: Any = opset18

@@ -1,0 +1,156 @@
+"""A packed network as an OpenVINO model that runs on OpenVINO's own 1-bit convolutions.
+
+`BinaryConvolution` reads what `FakeQuantize` with two levels has made bits of, and packed weights
+byte for byte as packed layers store them. With a padding value of 0 it leaves padded positions
+out of its sums, which is what padding after the sign means: results are exact.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from el_convert.errors import ExportError, first_line
+from el_convert.onnx_graph import binary_conv2d_in_onnx, onnx_program
+
+BINARY = "BinaryConvolution"
+"""OpenVINO's name of the operator and of the node that runs it."""
+_MULTIPLE = 8  # of input channels: the kernel reads whole bytes of them
+_DOMAIN, _MARK = "el_convert", "BinaryConv2d"
+_GEOMETRY = ("kernel", "strides", "pads", "dilations")
+
+
+def openvino_model(
+    model: nn.Module, input: Tensor, output_names: Sequence[str], *, batch: int = 1
+) -> Any:
+    """Translate a packed network.
+
+    Args:
+        model: packed, in eval mode.
+        input: (N, C, H, W) with N of 2 or more.
+        output_names: of the model's outputs.
+        batch: samples in a run; OpenVINO's 1-bit convolutions need to know how many.
+
+    Returns:
+        An `openvino.Model`. Each `BinaryConvolution` has the name of its layer.
+
+    Raises:
+        ExportError: the model's forward cannot be exported, or OpenVINO does not read it.
+    """
+    import openvino
+    from openvino.frontend.onnx import ConversionExtension
+
+    program = onnx_program(model, input, output_names, translate=_marked)
+    core = openvino.Core()
+    core.add_extension(ConversionExtension(_MARK, _DOMAIN, _binary_convolution))
+    try:
+        translated = core.read_model(io.BytesIO(program.model_proto.SerializeToString()))
+        translated.reshape({0: [batch, *input.shape[1:]]})
+    except Exception as error:  # of OpenVINO's own kinds
+        raise ExportError(f"OpenVINO does not read the model ({first_line(error)})") from error
+    for node in _binary_nodes(translated):
+        weight = node.input_value(1).get_node().get_friendly_name()
+        node.set_friendly_name(weight.removesuffix(".bits"))
+    return translated
+
+
+def binary_layers(translated: Any) -> tuple[str, ...]:
+    """The layers that are a `BinaryConvolution`, each once.
+
+    Args:
+        translated: by `openvino_model`.
+    """
+    return tuple(dict.fromkeys(node.get_friendly_name() for node in _binary_nodes(translated)))
+
+
+def misfit(channels: int, groups: int) -> str:
+    """Why a convolution does not fit OpenVINO's 1-bit ones; "" where it does.
+
+    Args:
+        channels: of its input.
+        groups: it has.
+
+    Example:
+        >>> misfit(64, 1), misfit(12, 1)
+        ('', 'its 12 input channels are not a multiple of 8')
+    """
+    if groups > 1:
+        return "depthwise" if groups == channels else f"it has {groups} groups"
+    if channels % _MULTIPLE:
+        return f"its {channels} input channels are not a multiple of {_MULTIPLE}"
+    return ""
+
+
+def _binary_nodes(translated: Any) -> list[Any]:
+    return [node for node in translated.get_ordered_ops() if node.get_type_name() == BINARY]
+
+
+def _marked(
+    input: Any,
+    bits: Any,
+    threshold: Any,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Any:
+    """A binary convolution that fits as one node, which `_binary_convolution` takes over."""
+    from onnxscript import opset18
+    from onnxscript.values import Op, Opset
+
+    geometry = (list(kernel), list(stride), list(padding), list(dilation))
+    if misfit(int(input.shape[1]), groups):
+        return binary_conv2d_in_onnx(input, bits, threshold, *geometry, groups)
+    limit = opset18.Constant(value_floats=[0.0]) if threshold is None else threshold
+    mark = Op(Opset(_DOMAIN, 1), _MARK, _schema())
+    return mark(input, bits, limit, **dict(zip(_GEOMETRY, geometry, strict=True)))
+
+
+def _schema() -> Any:
+    from onnx.defs import OpSchema
+
+    kinds = {"input": "float", "bits": "uint8", "threshold": "float"}
+    return OpSchema(
+        _MARK,
+        _DOMAIN,
+        1,
+        inputs=[OpSchema.FormalParameter(n, f"tensor({kind})") for n, kind in kinds.items()],
+        outputs=[OpSchema.FormalParameter("sums", "tensor(float)")],
+        attributes=[OpSchema.Attribute(name, OpSchema.AttrType.INTS) for name in _GEOMETRY],
+    )
+
+
+def _binary_convolution(context: Any) -> list[Any]:
+    """What OpenVINO's reader puts in the place of a mark."""
+    from openvino import Shape, Tensor, Type, opset1
+    from openvino.op import Constant
+
+    bits, threshold = (context.get_input(index).get_node() for index in (1, 2))
+    kernel, strides, pads, dilations = (
+        [int(number) for number in context.get_attribute(name)] for name in _GEOMETRY
+    )
+    limit = opset1.constant(threshold.data.reshape(1, -1, 1, 1))
+    zero, one = (opset1.constant(np.full((1, 1, 1, 1), value, np.float32)) for value in (0, 1))
+    signs = opset1.fake_quantize(context.get_input(0), limit, limit, zero, one, 2)
+    packed = np.ascontiguousarray(bits.data)
+    channels = packed.shape[1] * 8 // (kernel[0] * kernel[1])
+    shape = Shape([packed.shape[0], channels, *kernel])
+    weight = Constant(Tensor(packed, shape, Type.u1), shared_memory=False)
+    weight.set_friendly_name(bits.get_friendly_name())
+    top, bottom, left, right = pads
+    sums = opset1.binary_convolution(
+        signs,
+        weight,
+        strides,
+        [top, left],
+        [bottom, right],
+        dilations,
+        "xnor-popcount",
+        0.0,  # padded positions count as 0
+    )
+    return [sums.output(0)]
