@@ -107,18 +107,19 @@ def export(
     path = Path(path)
     _refuse_arguments(format, path, float_weights, batch)
     packed = model if _packed_layers(model) else pack(model)
-    layers = _packed_layers(packed)
-    batches = list(random_images(sum(_BATCHES), input_size).split(_BATCHES))
-    batches += [] if images is None else [images]
+    random = random_images(sum(_BATCHES), input_size)
+    batches = [*torch.split(random, list(_BATCHES)), *([] if images is None else [images])]
     count = sum(map(len, batches))
     if format == "openvino":
         done = write_openvino(
             packed, path, torch.cat(batches), batch=batch or 1, tolerance=tolerance
         )
         size = sum(file.stat().st_size for file in done.files)
-        return Exported(path, size, 0, layers, done.error, count, done.binary, done.in_float)
+        return Exported(
+            path, size, 0, len(done.binary), done.error, count, done.binary, done.in_float
+        )
     error = _write_onnx(packed, path, batches, float_weights, tolerance)
-    return Exported(path, path.stat().st_size, OPSET, layers, error, count)
+    return Exported(path, path.stat().st_size, OPSET, _packed_layers(packed), error, count)
 
 
 def _refuse_arguments(format: str, path: Path, float_weights: bool, batch: int | None) -> None:
