@@ -14,7 +14,7 @@ import numpy.typing as npt
 from el_convert.errors import ExportError
 
 Arrays = list[npt.NDArray[np.float32]]
-_LAYERS = "layers"
+_NODES = "nodes"
 
 
 def run_apart(file: Path, inputs: Sequence[Any], folder: Path) -> tuple[list[Arrays], set[str]]:
@@ -26,7 +26,7 @@ def run_apart(file: Path, inputs: Sequence[Any], folder: Path) -> tuple[list[Arr
         folder: for arrays on their way.
 
     Returns:
-        The outputs for each input, and the names of the layers that ran on its 1-bit kernels.
+        The outputs for each input, and the names of the nodes that ran on its 1-bit kernels.
 
     Raises:
         ExportError: OpenVINO crashes, or cannot compile or run the file.
@@ -45,7 +45,7 @@ def run_apart(file: Path, inputs: Sequence[Any], folder: Path) -> tuple[list[Arr
             [arrays[f"{index}.{output}"] for output in range(int(arrays["outputs"]))]
             for index in range(len(inputs))
         ]
-        return outputs, {str(name) for name in arrays[_LAYERS]}
+        return outputs, {str(name) for name in arrays[_NODES]}
 
 
 def compiled(file: Path, threads: int = 0) -> Any:
@@ -65,7 +65,7 @@ def compiled(file: Path, threads: int = 0) -> Any:
     return openvino.Core().compile_model(str(file), "CPU", options)
 
 
-def one_bit_layers(compiled: Any) -> set[str]:
+def one_bit_nodes(compiled: Any) -> set[str]:
     """The names of what really runs on 1-bit kernels, from the graph that is executed.
 
     Args:
@@ -90,5 +90,5 @@ def _run(file: str, given: str, found: str) -> None:
             request.infer({0: inputs[name]})
             for output in range(len(model.outputs)):
                 results[f"{index}.{output}"] = request.get_output_tensor(output).data.copy()
-    results[_LAYERS] = sorted(one_bit_layers(model))
+    results[_NODES] = sorted(one_bit_nodes(model))
     np.savez(found, **results)

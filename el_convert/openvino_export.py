@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from el_convert.convert import conversion_of
 from el_convert.errors import ExportError, first_few
 from el_convert.nn import BinaryLayer
 from el_convert.openvino_check import run_apart
-from el_convert.openvino_graph import binary_layers, misfit, openvino_model
+from el_convert.openvino_graph import misfit, openvino_model
 from el_convert.packed import PackedConv
 
 
@@ -58,8 +58,8 @@ def write_openvino(
     chunks = list(_chunks(images, batch))
     expected = [outputs_of(model, chunk) for chunk in chunks]
     sample = torch.cat([images[:1], images[:1]])  # exporters need two to leave the number free
-    translated = openvino_model(model, sample, output_names(expected[0]), batch=batch)
-    binary = binary_layers(translated)
+    translated, calls = openvino_model(model, sample, output_names(expected[0]), batch=batch)
+    binary = tuple(dict.fromkeys(calls.values()))
     in_float = tuple(_in_float(model, binary))
     if not binary:
         why = first_few(f"{name}: {reason}" for name, reason in in_float)
@@ -70,7 +70,7 @@ def write_openvino(
         file = folder / path.name
         _save(translated, file)
         results, ran = run_apart(file, [chunk.numpy() for chunk in chunks], folder)
-        refuse_float(binary, ran)
+        _refuse_float(calls, ran)
         given = [[torch.from_numpy(array) for array in result] for result in results]
         errors.extend(map(difference, given, expected))
         refuse_difference("OpenVINO", max(errors), tolerance)
@@ -80,8 +80,8 @@ def write_openvino(
     return Written(files, binary, in_float, max(errors))
 
 
-def refuse_float(wanted: Sequence[str], ran: set[str]) -> None:
-    """Raise ExportError unless all wanted layers ran on 1-bit kernels."""
+def _refuse_float(wanted: Collection[str], ran: set[str]) -> None:
+    """Raise ExportError unless all wanted calls ran on 1-bit kernels."""
     others = [name for name in wanted if name not in ran]
     if others:
         raise ExportError(
@@ -102,7 +102,7 @@ def _chunks(images: Tensor, batch: int) -> Iterator[Tensor]:
         yield images[[i % len(images) for i in range(start, start + batch)]]
 
 
-def _in_float(model: nn.Module, binary: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _in_float(model: nn.Module, binary: Collection[str]) -> Iterator[tuple[str, str]]:
     for kept in conversion_of(model).kept:
         yield kept.path, kept.reason
     for path, module in model.named_modules():

@@ -8,6 +8,7 @@ out of its sums, which is what padding after the sign means: results are exact.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,16 +18,15 @@ from torch import Tensor, nn
 from el_convert.errors import ExportError, first_line
 from el_convert.onnx_graph import binary_conv2d_in_onnx, onnx_program
 
-BINARY = "BinaryConvolution"
-"""OpenVINO's name of the operator and of the node that runs it."""
 _MULTIPLE = 8  # of input channels: the kernel reads whole bytes of them
 _DOMAIN, _MARK = "el_convert", "BinaryConv2d"
+_BITS = re.compile(r"(^|\.)bits(_\d+)?$")
 _GEOMETRY = ("kernel", "strides", "pads", "dilations")
 
 
 def openvino_model(
     model: nn.Module, input: Tensor, output_names: Sequence[str], *, batch: int = 1
-) -> Any:
+) -> tuple[Any, dict[str, str]]:
     """Translate a packed network.
 
     Args:
@@ -36,7 +36,7 @@ def openvino_model(
         batch: samples in a run; OpenVINO's 1-bit convolutions need to know how many.
 
     Returns:
-        An `openvino.Model`. Each `BinaryConvolution` has the name of its layer.
+        An `openvino.Model`, and the layer of each of its `BinaryConvolution` by the node's name.
 
     Raises:
         ExportError: the model's forward cannot be exported, or OpenVINO does not read it.
@@ -53,19 +53,21 @@ def openvino_model(
         translated.reshape({0: [batch, *input.shape[1:]]})
     except Exception as error:  # of OpenVINO's own kinds
         raise ExportError(f"OpenVINO does not read the model ({first_line(error)})") from error
-    for node in _binary_nodes(translated):
-        weight = node.input_value(1).get_node().get_friendly_name()
-        node.set_friendly_name(weight.removesuffix(".bits"))
-    return translated
+    return translated, _named(translated)
 
 
-def binary_layers(translated: Any) -> tuple[str, ...]:
-    """The layers that are a `BinaryConvolution`, each once.
-
-    Args:
-        translated: by `openvino_model`.
-    """
-    return tuple(dict.fromkeys(node.get_friendly_name() for node in _binary_nodes(translated)))
+def _named(translated: Any) -> dict[str, str]:
+    """Name every `BinaryConvolution` after its layer, from the second call on with a number."""
+    calls: dict[str, str] = {}
+    for node in translated.get_ordered_ops():
+        if node.get_type_name() == "BinaryConvolution":
+            weight = node.input_value(1).get_node().get_friendly_name()
+            layer = _BITS.sub("", weight)  # readers number what is read twice
+            count = list(calls.values()).count(layer)
+            name = f"{layer or 'model'}:{count + 1}" if count else layer or "model"
+            node.set_friendly_name(name)
+            calls[name] = layer
+    return calls
 
 
 def misfit(channels: int, groups: int) -> str:
@@ -84,10 +86,6 @@ def misfit(channels: int, groups: int) -> str:
     if channels % _MULTIPLE:
         return f"its {channels} input channels are not a multiple of {_MULTIPLE}"
     return ""
-
-
-def _binary_nodes(translated: Any) -> list[Any]:
-    return [node for node in translated.get_ordered_ops() if node.get_type_name() == BINARY]
 
 
 def _marked(
