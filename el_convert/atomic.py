@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -20,8 +20,8 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
         Whatever `write` raises, an interrupt included; then `path` is as it was and the temporary
         file is gone.
     """
-    path = Path(os.path.realpath(path))  # through a link, not in its place
-    temporary = path.with_name(_temporary_name())
+    path = _real(path)
+    temporary = _sibling(path)
     try:
         write(temporary)
         _flush(temporary)
@@ -94,6 +94,64 @@ def names_folder(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> boo
 
 def _temporary_name() -> str:
     return f".el_convert-{secrets.token_hex(8)}.tmp"
+
+
+def replace_files(paths: Sequence[Path], write: Callable[[Path], None]) -> None:
+    """The same for files that belong together, of which the first is the one that is opened.
+
+    They cannot all change in one step. The first file is taken away before the others change and
+    comes last, so that nobody ever finds it beside files of another version: if the process is
+    killed in between, it is missing, and what was there lies in `.el_convert-*.tmp` beside it.
+
+    Args:
+        paths: the files, in one folder, which must exist.
+        write: makes files of the same names in the temporary folder it is given.
+
+    Raises:
+        Whatever `write` raises, an interrupt included, and IsADirectoryError; then all files are
+        as they were and the temporary folder is gone.
+    """
+    targets = [_real(path) for path in paths]
+    for target in targets:
+        if target.is_dir():
+            raise IsADirectoryError(f"{target} is a folder")
+    folder = _sibling(targets[0])
+    old = folder / "old"
+    old.mkdir(parents=True)
+    new = [folder / path.name for path in paths]
+    kept = [old / path.name for path in paths]
+    try:
+        write(folder)
+        for file in new:
+            _flush(file)
+        try:
+            for target, backup in zip(targets, kept, strict=True):
+                if target.exists():
+                    target.replace(backup)
+            for file, target in reversed(list(zip(new, targets, strict=True))):
+                file.replace(target)
+        except BaseException:
+            _put_back(targets, new, kept)
+            raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_back(targets: Sequence[Path], new: Sequence[Path], kept: Sequence[Path]) -> None:
+    """Undo as much of an exchange as was done, the first file last."""
+    for target, file, backup in reversed(list(zip(targets, new, kept, strict=True))):
+        if backup.exists():
+            backup.replace(target)
+        elif not file.exists():  # it is at its target, where nothing was
+            target.unlink(missing_ok=True)
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # through a link, not in its place
+
+
+def _sibling(path: Path) -> Path:
+    return path.with_name(_temporary_name())
 
 
 def _flush(path: Path) -> None:

@@ -97,7 +97,8 @@ def benchmark(
         _refuse_unfit(packed_model, input)
         runs: dict[str, Run] = {PACKED: lambda: packed_model(input)}
         with tempfile.TemporaryDirectory() as folder:
-            ready, skipped = _prepared(wanted, float_model, input, Path(folder), say)
+            work = partial(Workload, folder=Path(folder), packed=packed_model)
+            ready, skipped = _prepared(wanted, float_model, input, work, say)
             runs |= ready
             say(f"timing {', '.join(runs)}")
             times = _race(runs, rounds)
@@ -163,14 +164,18 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _prepared(
-    wanted: Sequence[Peer], model: nn.Module | None, input: Tensor, folder: Path, say: Progress
+    wanted: Sequence[Peer],
+    model: nn.Module | None,
+    input: Tensor,
+    workload: Callable[..., Workload],
+    say: Progress,
 ) -> tuple[dict[str, Run], tuple[Skipped, ...]]:
     """What runs each peer, after it has run once; and those that cannot."""
     if model is None:
         return {}, tuple(Skipped(peer.name, "it needs the float model") for peer in wanted)
     model = copy_model(model).eval().to(memory_format=torch.channels_last)
     _refuse_unfit(model, input)
-    work = Workload(model, input, torch.get_num_threads(), folder)
+    work = workload(model, input, torch.get_num_threads())
     runs: dict[str, Run] = {}
     skipped: list[Skipped] = []
     for peer in wanted:

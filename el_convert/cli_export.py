@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from el_convert.cli_files import FILE, read_model
 from el_convert.console import check_output, errors_as_exits, step
 
-_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+if TYPE_CHECKING:
+    from el_convert.exporting import Exported
+
+_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}
 
 
 @click.command()
@@ -19,10 +23,14 @@ _SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
     "--to", "format", type=click.Choice(list(_SUFFIXES)), default="onnx", show_default=True
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="File to write: .onnx or .pt2."
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="File to write: .onnx, .pt2, or .xml for OpenVINO.",
 )
 @click.option("--image-size", type=click.IntRange(1), help="Side, where it is not the model's own.")
 @click.option("--float-weights", is_flag=True, help="Weights as float32, in ONNX files.")
+@click.option("--batch", type=click.IntRange(1), help="Images in a run; OpenVINO.  [default: 1]")
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),
@@ -36,16 +44,19 @@ def export(
     out: Path,
     image_size: int | None,
     float_weights: bool,
+    batch: int | None,
     tolerance: float,
 ) -> None:
     """Write the network in FILE, packed or not, for another runtime.
 
-    The ONNX file holds standard operators only and takes any batch size. It is written only where
-    ONNX Runtime agrees with the model on random images. `--to torch` writes a program of
+    The ONNX file holds standard operators only and takes any batch size. OpenVINO's .xml and the
+    .bin beside it run on OpenVINO's own 1-bit convolutions on x86 CPUs. Either is written only
+    where the runtime agrees with the model on random images. `--to torch` writes a program of
     torch.export, checked likewise. That is not a safe format: load only what you trust, after
     `import el_convert.kernels`.
     """
     check_output(out, (_SUFFIXES[format],))
+    _check_options(format, float_weights, batch)
     with step("loading torch"):
         from el_convert.exporting import export as export_model
         from el_convert.zoo import input_spec
@@ -62,8 +73,12 @@ def export(
                 format=format,
                 input_size=size,
                 float_weights=float_weights,
+                batch=batch,
                 tolerance=tolerance,
             )
+    if format == "openvino":
+        _say_openvino(done)
+        return
     reader, kind = "ONNX Runtime", f"opset {done.opset}"
     if format == "torch":
         reader, kind = "the program", "any batch" if done.any_batch else "one image at a time"
@@ -72,3 +87,22 @@ def export(
         f"{'as float32' if float_weights else 'at 1 bit'}; {reader} differs by "
         f"{done.error:.1e} on {done.images} images"
     )
+
+
+def _check_options(format: str, float_weights: bool, batch: int | None) -> None:
+    if format != "openvino" and batch is not None:
+        raise click.UsageError("--batch is for --to openvino")
+    if format != "onnx" and float_weights:
+        raise click.UsageError("--float-weights is for --to onnx")
+
+
+def _say_openvino(done: Exported) -> None:
+    """What runs at 1 bit and how well it agrees, then what stays in float, by reason."""
+    click.echo(
+        f"wrote {done.path} and {done.path.with_suffix('.bin').name} ({done.bytes / 1e6:.1f} MB): "
+        f"OpenVINO runs {len(done.binary)} convolutions as BinaryConvolution at 1 bit and "
+        f"{len(done.in_float)} in float; it differs by {done.error:.1e} on {done.images} images"
+    )
+    for reason in dict.fromkeys(reason for _, reason in done.in_float):
+        names = [name for name, why in done.in_float if why == reason]
+        click.echo(f"in float, {reason}: {', '.join(names)}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -13,16 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from el_convert.agreement import (
+    difference,
+    output_names,
+    outputs_of,
+    random_images,
+    refuse_difference,
+)
 from el_convert.atomic import replace_file
 from el_convert.errors import ExportError, first_line
 from el_convert.onnx_graph import OPSET, onnx_program
+from el_convert.openvino_export import write_openvino
 from el_convert.packed import PackedConv
 from el_convert.packing import pack
 from el_convert.torch_export import open_program, save_program, torch_program
 
-_NEEDED = ("onnx", "onnxscript", "onnxruntime")
-_BATCHES = (1, 3)  # what the file is tried on: the batch size is free
-_SEED = 0
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "torch": (),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+}
+_BATCHES = (1, 3)  # what a file is tried on: the batch size is free
 
 
 @dataclass(frozen=True)
@@ -31,12 +41,14 @@ class Exported:
 
     Attributes:
         path: the file.
-        bytes: its size.
+        bytes: its size, for OpenVINO with that of the .bin.
         opset: version of ONNX's operators; 0 for other formats.
         packed: how many convolutions are stored at 1 bit a weight.
         error: the largest difference from the model, relative to its largest output.
         images: how many images that is from.
-        any_batch: whether the file takes batches of any size, or one image at a time.
+        any_batch: whether the file takes batches of any size.
+        binary: for OpenVINO, the names of the layers that it was seen to run on its 1-bit kernels.
+        in_float: for OpenVINO, (name, why) of the convolutions that it runs in float.
     """
 
     path: Path
@@ -46,6 +58,8 @@ class Exported:
     error: float
     images: int
     any_batch: bool = True
+    binary: tuple[str, ...] = ()
+    in_float: tuple[tuple[str, str], ...] = ()
 
 
 def export(
@@ -56,6 +70,7 @@ def export(
     input_size: Sequence[int] = (3, 224, 224),
     images: Tensor | None = None,
     float_weights: bool = False,
+    batch: int | None = None,
     tolerance: float = 1e-4,
 ) -> Exported:
     """Write a binarized network for another runtime, once it was seen to agree there.
@@ -69,13 +84,20 @@ def export(
     safe format: `torch.export.load` can run code that a file holds, so load only what you trust,
     and `import el_convert.kernels`, which knows the operator, before that.
 
+    The OpenVINO files, `path` and a .bin beside it, have a `BinaryConvolution` for every
+    convolution of two dimensions without groups whose input channels are a multiple of 8; other
+    ones convolve signs in float. OpenVINO's CPU plugin must have run each on a 1-bit kernel, which
+    is read from the graph it executes, and must agree on as many images, or nothing is written.
+
     Args:
         model: made by `binarize`, `load` or `pack`, trained; not changed.
-        path: file to write.
-        format: "onnx", or "torch" for a `.pt2` file.
+        path: file to write; for OpenVINO it ends in .xml.
+        format: "onnx", "torch" for a .pt2 file, or "openvino".
         input_size: (C, H, W).
         images: (N, C, H, W), more to compare on, as the model takes them.
-        float_weights: store weights as float32, for runtimes without `BitShift`; for "onnx".
+        float_weights: store weights as float32, for runtimes without `BitShift`; ONNX only.
+        batch: images in a run, which OpenVINO's 1-bit kernels need to know: 1 by default.
+            OpenVINO's `Model.reshape` changes it later. Other files take any number.
         tolerance: the largest difference from the model's outputs, relative to the largest of
             them, with which a file is written.
 
@@ -85,102 +107,105 @@ def export(
     Raises:
         ConversionError: the model is not binarized or has nothing to pack.
         ExportError: the extra `export` is not installed, the model's forward cannot be exported,
-            its outputs are not finite, or the file does not agree: nothing is written.
+            its outputs are not finite, or the file does not agree, or an argument is of the other
+            format: nothing is written.
 
     Example:
         >>> export(binarize(model).eval(), "model.onnx").packed  # doctest: +SKIP
         52
     """
-    _check_format(format, float_weights)
+    path = Path(path)
+    _refuse_arguments(format, path, float_weights, batch)
     packed = model if _packed_layers(model) else pack(model)
-    batches = [*_random_batches(input_size), *([] if images is None else [images])]
-    expected = [_outputs(packed, batch) for batch in batches]
-    sample, any_batch = batches[len(_BATCHES) - 1], True
-    save: Callable[[Path], None]
-    opened: Callable[[Path], Callable[[Tensor], list[Tensor]]]
+    random = random_images(sum(_BATCHES), input_size)
+    batches = [*torch.split(random, list(_BATCHES)), *([] if images is None else [images])]
+    count = sum(map(len, batches))
+    if format == "openvino":
+        done = write_openvino(
+            packed, path, torch.cat(batches), batch=batch or 1, tolerance=tolerance
+        )
+        size = sum(file.stat().st_size for file in done.files)
+        layers = len(done.binary)
+        return Exported(path, size, 0, layers, done.error, count, False, done.binary, done.in_float)
     if format == "torch":
-        reader, opened = "the program", open_program
-        program, any_batch = torch_program(packed, sample)
-        save = partial(save_program, program)
+        error, any_batch = _write_program(packed, path, batches, tolerance)
     else:
-        reader, opened = "ONNX Runtime", _checked
-        save = _onnx_writer(packed, sample, len(expected[0]), float_weights)
+        error, any_batch = _write_onnx(packed, path, batches, float_weights, tolerance), True
+    opset, size = OPSET if format == "onnx" else 0, path.stat().st_size
+    return Exported(path, size, opset, _packed_layers(packed), error, count, any_batch)
+
+
+def _refuse_arguments(format: str, path: Path, float_weights: bool, batch: int | None) -> None:
+    if format not in _NEEDED:
+        *others, last = map(repr, _NEEDED)
+        raise ExportError(f"format must be {', '.join(others)} or {last}, not {format!r}")
+    missing = [name for name in _NEEDED[format] if find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"{' and '.join(missing)} not installed: pip install 'el_convert[export]' brings them"
+        )
+    if format != "openvino" and batch is not None:
+        raise ExportError("batch is for format 'openvino': leave it out")
+    if format != "onnx" and float_weights:
+        raise ExportError("float_weights is for format 'onnx': leave it out")
+    if format == "openvino" and path.suffix != ".xml":
+        raise ExportError(f"{path}: the name of OpenVINO's file must end in .xml")
+    if batch is not None and batch < 1:
+        raise ExportError(f"batch must be at least 1, not {batch}")
+
+
+def _write_onnx(
+    packed: nn.Module,
+    path: Path,
+    batches: Sequence[Tensor],
+    float_weights: bool,
+    tolerance: float,
+) -> float:
+    """Write it if it agrees, and return by how much it differs."""
+    expected = [outputs_of(packed, batch) for batch in batches]
+    names = output_names(expected[0])
+    sample = batches[len(_BATCHES) - 1]
+    program = onnx_program(packed, sample, names, float_weights=float_weights)
+    save = partial(program.save, external_data=False)
+    checks = zip(batches, expected, strict=True)
+    return _write_checked(path, lambda file: save(str(file)), _checked, checks, tolerance)
+
+
+def _write_program(
+    packed: nn.Module, path: Path, batches: Sequence[Tensor], tolerance: float
+) -> tuple[float, bool]:
+    """The same for `torch.export`; also whether it takes any batch size."""
+    outputs_of(packed, batches[0])  # a forward that does not run is told as such
+    program, any_batch = torch_program(packed, batches[len(_BATCHES) - 1])
     if not any_batch:
         batches = [image for batch in batches for image in torch.split(batch, 1)]
-        expected = [_outputs(packed, batch) for batch in batches]
+    checks = [(batch, outputs_of(packed, batch)) for batch in batches]
+    error = _write_checked(path, partial(save_program, program), open_program, checks, tolerance)
+    return error, any_batch
+
+
+def _write_checked(
+    path: Path,
+    save: Callable[[Path], object],
+    opened: Callable[[Path], Callable[[Tensor], list[Tensor]]],
+    checks: Iterable[tuple[Tensor, list[Tensor]]],
+    tolerance: float,
+) -> float:
     errors: list[float] = []
 
     def write(temporary: Path) -> None:
         save(temporary)
         run = opened(temporary)
-        errors.extend(
-            _difference(run(batch), wanted) for batch, wanted in zip(batches, expected, strict=True)
-        )
-        if not max(errors) <= tolerance:
-            raise ExportError(
-                f"{reader} differs from the model by {max(errors):.1e}, more than the "
-                f"tolerance of {tolerance:.0e}: nothing was written"
-            )
+        errors.extend(difference(run(batch), wanted) for batch, wanted in checks)
+        runtime = "ONNX Runtime" if opened is _checked else "the program"
+        refuse_difference(runtime, max(errors), tolerance)
 
-    replace_file(Path(path), write)
-    return Exported(
-        Path(path),
-        Path(path).stat().st_size,
-        OPSET if format == "onnx" else 0,
-        _packed_layers(packed),
-        max(errors),
-        sum(len(batch) for batch in batches),
-        any_batch,
-    )
-
-
-def _check_format(format: str, float_weights: bool) -> None:
-    if format not in ("onnx", "torch"):
-        raise ExportError(f"format must be 'onnx' or 'torch', not {format!r}")
-    if format == "torch" and float_weights:
-        raise ExportError("float_weights is for format 'onnx': leave it out")
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if format == "onnx" and missing:
-        raise ExportError(
-            f"{' and '.join(missing)} not installed: pip install 'el_convert[export]' brings them"
-        )
-
-
-def _onnx_writer(
-    packed: nn.Module, sample: Tensor, outputs: int, float_weights: bool
-) -> Callable[[Path], None]:
-    names = ["output"] if outputs == 1 else [f"output{i}" for i in range(outputs)]
-    program = onnx_program(packed, sample, names, float_weights=float_weights)
-    return lambda path: program.save(str(path), external_data=False)
+    replace_file(path, write)
+    return max(errors)
 
 
 def _packed_layers(model: nn.Module) -> int:
     return sum(isinstance(module, PackedConv) for module in model.modules())
-
-
-def _random_batches(size: Sequence[int]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(_SEED)
-    return [torch.randn(batch, *size, generator=generator) for batch in _BATCHES]
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, batch: Tensor) -> list[Tensor]:
-    """The tensors of a model's output, in the order in which exporters flatten it."""
-    try:
-        found, _ = torch.utils._pytree.tree_flatten(model(batch))
-    except Exception as error:  # of any kind: a forward is the user's code
-        raise ExportError(
-            f"{type(model).__name__} does not run on a batch of {list(batch.shape)} "
-            f"({first_line(error)}): give its input_size; models of other inputs than one batch "
-            "of images cannot be exported"
-        ) from error
-    tensors = [value for value in found if isinstance(value, Tensor)]
-    if not all(bool(value.isfinite().all()) for value in tensors):
-        raise ExportError(
-            "the model's outputs are not finite, so no file can be compared with it: train it, or "
-            "let its norms see images with calibrate"
-        )
-    return tensors
 
 
 def _checked(file: Path) -> Callable[[Tensor], list[Tensor]]:
@@ -204,14 +229,3 @@ def _checked(file: Path) -> Callable[[Tensor], list[Tensor]]:
         return [torch.from_numpy(output) for output in outputs]
 
     return run
-
-
-def _difference(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """The largest difference, relative to the largest value of the same output."""
-    if [tuple(value.shape) for value in given] != [tuple(value.shape) for value in wanted]:
-        return math.inf
-    pairs = zip(given, wanted, strict=True)
-    return max(
-        float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
-        for ours, theirs in pairs
-    )

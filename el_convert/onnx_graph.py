@@ -22,7 +22,12 @@ _UNPACKING = {"Unsqueeze", "BitShift", "Reshape", "Slice", "Cast", "Mul", "Sub"}
 
 
 def onnx_program(
-    model: nn.Module, input: Tensor, output_names: Sequence[str], *, float_weights: bool = False
+    model: nn.Module,
+    input: Tensor,
+    output_names: Sequence[str],
+    *,
+    float_weights: bool = False,
+    translate: Callable[..., Any] | None = None,
 ) -> Any:
     """Translate a packed network.
 
@@ -35,6 +40,7 @@ def onnx_program(
         input: (N, C, H, W) with N of 2 or more; the graph takes any N.
         output_names: of the graph's outputs.
         float_weights: store +1 and -1 as float32 instead, for runtimes without `BitShift`.
+        translate: what takes the place of `binary_conv2d_in_onnx`.
 
     Returns:
         torch's `ONNXProgram`.
@@ -55,7 +61,7 @@ def onnx_program(
                 optimize=False,
                 opset_version=OPSET,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
-                custom_translation_table=_translations(),
+                custom_translation_table=_translations(translate),
                 input_names=["input"],
                 output_names=list(output_names),
             )
@@ -79,10 +85,12 @@ def _reason(error: BaseException) -> str:
     return plain.strip()
 
 
-def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+def _translations(
+    convolution: Callable[..., Any] | None,
+) -> dict[Callable[..., Any], Callable[..., Any]]:
     """Operators that torch's exporter does not know, or that runtimes compute too coarsely."""
     return {
-        torch.ops.el_convert.binary_conv2d.default: _binary_conv2d,
+        torch.ops.el_convert.binary_conv2d.default: convolution or binary_conv2d_in_onnx,
         torch.ops.aten.__rshift__.Tensor: _right_shift,
         torch.ops.aten.sigmoid.default: _sigmoid,
         torch.ops.aten.scaled_dot_product_attention.default: _attention,
@@ -153,7 +161,7 @@ def _folding(float_weights: bool) -> Callable[[Any], bool | None]:
     return should_fold
 
 
-def _binary_conv2d(
+def binary_conv2d_in_onnx(
     input: Any,
     bits: Any,
     threshold: Any,
@@ -163,7 +171,7 @@ def _binary_conv2d(
     dilation: Sequence[int],
     groups: int,
 ) -> Any:
-    """`torch.ops.el_convert.binary_conv2d` in ONNX's operators."""
+    """`torch.ops.el_convert.binary_conv2d`, whose arguments these are, in ONNX's operators."""
     from onnxscript import opset18
 
     op: Any = opset18

@@ -196,8 +196,7 @@ class PackedConv(OneBitConv):
         by_operator = self._by_operator(input)
         weight = self.bits if by_operator else self.signs(input.dtype)
         # The operator takes the signs itself.
-        unchanged = by_operator and self.threshold is None
-        signs = input if unchanged else self._binary_input(input)
+        signs = input if by_operator else self._binary_input(input)
         return self._finish(input, self._scaled(input, signs, weight, self.scale, output_size))
 
     def _check_channels(self, input: Tensor) -> None:
@@ -245,7 +244,7 @@ class PackedConv(OneBitConv):
                 input, pads = F.pad(input, self._border, mode=self.padding_mode), [0, 0, 0, 0]
             else:
                 pads = self._pads(input.shape)
-            return binary_conv2d(input, weight, None, self._geometry(pads))
+            return binary_conv2d(input, weight, self.threshold, self._geometry(pads))
         if self.same_padding:
             input = pad_same(input, self.kernel_size, self.stride, self.dilation)
         elif self.padding_mode != "zeros":

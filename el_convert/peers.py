@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from el_convert.errors import UnknownNameError, first_line
 from el_convert.kernels import ConvGeometry
-from el_convert.openvino_peer import openvino_binary_run, openvino_run
+from el_convert.openvino_check import compiled
+from el_convert.openvino_export import write_openvino
 
 Run = Callable[[], object]
 _OPSET, _IR_VERSION = 17, 8  # what every ONNX Runtime since 1.12 reads
@@ -38,12 +39,14 @@ class Workload:
         input: (N, C, H, W) float32, channels_last.
         threads: to use.
         folder: for files that live as long as the peer; peers share it.
+        packed: the network it is compared with, in eval mode; only to be read.
     """
 
     model: nn.Module
     input: Tensor
     threads: int
     folder: Path
+    packed: nn.Module
 
 
 @dataclass(frozen=True)
@@ -211,11 +214,19 @@ def _session_run(model: Path | bytes, input: Tensor, threads: int, options: Any 
 
 
 def _openvino(work: Workload) -> Run:
-    return openvino_run(_onnx_file(work), work.input.contiguous(), work.threads)
+    return _openvino_run(_onnx_file(work), work)
 
 
 def _openvino_binary(work: Workload) -> Run:
-    return openvino_binary_run(_onnx_file(work), work.input.contiguous(), work.threads)
+    file, input = work.folder / "binary.xml", work.input.contiguous()
+    write_openvino(work.packed, file, input, batch=len(input))
+    return _openvino_run(file, work)
+
+
+def _openvino_run(file: Path, work: Workload) -> Run:
+    request = compiled(file, work.threads).create_infer_request()
+    feed = {0: work.input.contiguous().numpy()}
+    return lambda: request.infer(feed)
 
 
 def _conv_attributes(geometry: ConvGeometry) -> dict[str, Any]:
@@ -324,6 +335,7 @@ def _onnx_conv_int8(work: ConvWorkload) -> Run:
 
 
 _ONNX, _OPENVINO = ("onnxruntime", "onnx"), ("openvino", "onnx")
+_OPENVINO_BINARY = (*_OPENVINO, "onnxscript")
 PEERS = {
     peer.name: peer
     for peer in (
@@ -338,7 +350,12 @@ PEERS = {
             _onnx_conv_int8,
         ),
         Peer("openvino", "OpenVINO VERSION, float32", _OPENVINO, _openvino),
-        Peer("openvino-binary", "OpenVINO VERSION, its 1-bit form", _OPENVINO, _openvino_binary),
+        Peer(
+            "openvino-binary",
+            "OpenVINO VERSION, the packed model",
+            _OPENVINO_BINARY,
+            _openvino_binary,
+        ),
     )
 }
 """Every peer, by name."""

@@ -15,6 +15,7 @@ import pytest
 from torch import nn
 
 from el_convert import CheckpointError, binarize, load, save
+from el_convert.atomic import replace_files
 
 HALF = b"the first half of a file"
 WRITERS = {".pt": "torch.save", ".safetensors": "safetensors.torch.save_file"}
@@ -177,3 +178,66 @@ def test_a_process_killed_while_writing(tmp_path: Path, suffix: str) -> None:
     assert path.read_bytes() == before
     save(binarize(plain), path)
     assert type(load(path, model=plain)) is nn.Sequential
+
+
+def pair(folder: Path, text: str) -> None:
+    (folder / "a.xml").write_text(f"{text} graph")
+    (folder / "a.bin").write_text(f"{text} weights")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("broken", range(5))
+def test_files_that_belong_together(
+    there: bool, broken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted at any move, all are as they were; at none, all are new."""
+    paths = [tmp_path / "a.xml", tmp_path / "a.bin"]
+    if there:
+        pair(tmp_path, "old")
+    before = contents(tmp_path)
+    moves, replace = 0, Path.replace
+    moving = 4 if there else 2
+
+    def interrupted(self: Path, target: Path) -> Path:
+        nonlocal moves
+        moves += 1
+        visible = contents_of_files(tmp_path)
+        assert "a.xml" not in visible or visible["a.bin"][:3] == visible["a.xml"][:3]
+        if moves == broken + 1:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    if broken < moving:
+        with pytest.raises(KeyboardInterrupt):
+            replace_files(paths, lambda folder: pair(folder, "new"))
+        assert contents(tmp_path) == before
+    else:
+        replace_files(paths, lambda folder: pair(folder, "new"))
+        assert contents(tmp_path) == {"a.xml": "new graph", "a.bin": "new weights"}
+
+
+def contents_of_files(folder: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in folder.iterdir() if file.is_file()}
+
+
+def test_files_whose_writing_fails(tmp_path: Path) -> None:
+    pair(tmp_path, "old")
+    before = contents(tmp_path)
+
+    def half(folder: Path) -> None:
+        (folder / "a.xml").write_text("new")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    paths = [tmp_path / "a.xml", tmp_path / "a.bin"]
+    with pytest.raises(OSError, match="No space"):
+        replace_files(paths, half)
+    with pytest.raises(FileNotFoundError):  # the second was not made
+        replace_files(paths, lambda folder: (folder / "a.xml").touch())
+    assert contents(tmp_path) == before
+    with pytest.raises(IsADirectoryError):
+        replace_files([tmp_path / "b.xml", tmp_path], lambda folder: None)

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm.layers
@@ -274,7 +275,7 @@ def test_progress_says_what_begins(net: nn.Module, packed: nn.Module) -> None:
     assert said == ["preparing torch", "timing packed, torch", "timing 5 layers"]
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-int8", "openvino"])
+@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-int8", "openvino", "openvino-binary"])
 def test_other_runtimes(name: str, net: nn.Module, packed: nn.Module) -> None:
     for needed in PEERS[name].modules:
         pytest.importorskip(needed)
@@ -287,14 +288,18 @@ def test_other_runtimes(name: str, net: nn.Module, packed: nn.Module) -> None:
     assert all(set(layer.times) == expected for layer in result.layers.layers)
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-def test_other_runtimes_compute_the_model(name: str, net: nn.Module, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "openvino-binary"])
+def test_other_runtimes_compute_the_model(
+    name: str, net: nn.Module, packed: nn.Module, tmp_path: Path
+) -> None:
     for needed in PEERS[name].modules:
         pytest.importorskip(needed)
     input = torch.randn(2, *SIZE).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        output = PEERS[name].prepare(Workload(net, input, 1, tmp_path))()
-        torch.testing.assert_close(torch.from_numpy(output[0].copy()), net(input))  # type: ignore[index]
+        expected = packed(input) if name == "openvino-binary" else net(input)
+        output: Any = PEERS[name].prepare(Workload(net, input, 1, tmp_path, packed))()
+    scale = {"atol": 1e-4 * float(expected.abs().max())}
+    torch.testing.assert_close(torch.from_numpy(output[0].copy()), expected, rtol=1e-5, **scale)
 
 
 @pytest.mark.slow

@@ -137,3 +137,12 @@ def test_step_time(tmp_path: Path) -> None:
     lines = example("step_time.py", *words, cwd=tmp_path).splitlines()
     assert lines[0] == "resnet18, elastic-link, batch 2, 32 pixels, one thread"
     assert [line.split(":")[0] for line in lines[1:]] == ["step", "peak"]
+
+
+@pytest.mark.slow
+def test_openvino_speed(tmp_path: Path) -> None:
+    for needed in ("openvino", "onnx", "onnxscript"):
+        pytest.importorskip(needed)
+    words = ("test_resnet", "--image-size", 64, "--rounds", 1)
+    (line,) = example("openvino_speed.py", *words, cwd=tmp_path).splitlines()
+    assert line.startswith("test_resnet: 14 convolutions as BinaryConvolution, 1 in float, ")

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 from el_convert import ConversionError, ExportError, binarize, export, pack, save
+from el_convert.agreement import difference
 from el_convert.cli import main
-from el_convert.exporting import _difference
 from el_convert.link import ElasticLink
 from el_convert.recipes import RECIPES
 
@@ -200,7 +200,7 @@ def test_what_does_not_agree_is_not_written(net: nn.Module, tmp_path: Path) -> N
         export(net, path, input_size=SIZE, tolerance=0)
     assert path.read_text() == "as it was"
     assert list(tmp_path.iterdir()) == [path]
-    assert _difference([torch.zeros(2)], [torch.zeros(3)]) == float("inf")
+    assert difference([torch.zeros(2)], [torch.zeros(3)]) == float("inf")
 
 
 class Branching(Two):
@@ -211,7 +211,7 @@ class Branching(Two):
 
 def test_refusals(net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "net.onnx"
-    with pytest.raises(ExportError, match="must be 'onnx' or 'torch', not 'tflite'"):
+    with pytest.raises(ExportError, match="must be 'onnx', 'torch' or 'openvino', not 'tflite'"):
         export(net, path, format="tflite")
     with pytest.raises(ConversionError, match="binarize"):
         export(Net(), path, input_size=SIZE)
