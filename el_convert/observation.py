@@ -195,7 +195,8 @@ class _Watch:
     def __init__(self, layer: OneBitLayer) -> None:
         self.calls = 0
         self.signs: list[Tensor] = []
-        self._packed = PackedConv(layer).eval() if packable(layer) else None
+        # Of a copy, as a packed layer shares the link, whose mode is the model's.
+        self._packed = PackedConv(copy_model(layer).eval()) if packable(layer) else None
         self._positive, self._values = torch.zeros((), dtype=torch.int64), 0
         self._of_link, self._of_rest = 0.0, 0.0
         self._difference = _Difference()

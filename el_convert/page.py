@@ -95,8 +95,10 @@ def share(value: float) -> str:
 
 
 def percent(value: float | None, whole: float | None) -> str:
-    """ "12.3 %"; "" where either is unknown."""
-    return "" if value is None or not whole else f"{100 * value / whole:.1f} %"
+    """ "12.3 %", "not finite"; "" where either is unknown."""
+    if value is None or not whole:
+        return ""
+    return f"{100 * value / whole:.1f} %" if math.isfinite(value) else "not finite"
 
 
 def short(value: float) -> str:
@@ -217,6 +219,7 @@ class _Page:
         if not any(gate.learned for gate in gates):
             return f"This recipe fixes it at {short(gates[0].start)}."
         ratios = [median(gate.values) / gate.start for gate in gates if gate.start]
+        ratios = [ratio for ratio in ratios if math.isfinite(ratio)]
         sentence = ""
         if ratios:
             sentence = (
@@ -225,8 +228,11 @@ class _Page:
             )
         if self.link_shares:
             powers = [layer.observed.link_share for layer in self.layers if layer.observed]
-            known = [power for power in powers if power is not None]
-            sentence += f" Links give {100 * median(known):.0f} % of the sum's power there."
+            known = [power for power in powers if power is not None and math.isfinite(power)]
+            if known:
+                sentence += (
+                    f" In the median layer links give {100 * median(known):.0f} % of the power."
+                )
         return sentence
 
     @property
@@ -276,7 +282,7 @@ def _images(findings: Findings, data: str) -> str:
 
 
 def _kept(layers: Iterable[LayerFinding]) -> str:
-    """ "kept: conv1 (reads-image); linear layers"."""
+    """ "in float: conv1 (reads-image), 2 linear layers"."""
     kept: dict[str, list[str]] = {}
     linear = 0
     for layer in layers:
@@ -287,5 +293,5 @@ def _kept(layers: Iterable[LayerFinding]) -> str:
         f"{paths[0]} ({rule})" if len(paths) == 1 else f"{len(paths)} {rule}"
         for rule, paths in kept.items()
     ]
-    parts += [f"{linear} linear"] if linear else []
-    return f"kept: {', '.join(parts)}" if parts else "nothing kept"
+    parts += [f"{linear} linear layer{'s' if linear > 1 else ''}"] if linear else []
+    return f"in float: {', '.join(parts)}" if parts else "nothing in float"
