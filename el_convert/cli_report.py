@@ -71,7 +71,7 @@ def report(
         from el_convert.zoo import create
     with errors_as_exits():
         if figures is not None:
-            check_figures()
+            check_figures(figures)
         model, source, header = read_model(file)
         options = image_options(model, source, image_size, given)
         chosen = None if data is None else _open(data, options, images)

@@ -21,12 +21,15 @@ _DPI = 200
 _WIDTH = 7.0  # inches: the text of a page
 
 
-def check_figures() -> None:
-    """Refuse where figures cannot be drawn.
+def check_figures(folder: str | os.PathLike[str]) -> None:
+    """Refuse where figures cannot be drawn, before anything slow.
 
     Raises:
-        ExportError: matplotlib is not installed.
+        ExportError: matplotlib is not installed, or the folder cannot be made.
     """
+    place = Path(folder)
+    if not place.parent.is_dir() or (place.exists() and not place.is_dir()):
+        raise ExportError(f"{place} can be no folder for figures; nothing was written")
     if importlib.util.find_spec("matplotlib") is None:
         raise ExportError(
             "figures need matplotlib, which is not installed: pip install 'el_convert[report]' "
@@ -45,9 +48,9 @@ def draw_figures(findings: Findings, folder: str | os.PathLike[str]) -> tuple[Pa
         What was written.
 
     Raises:
-        ExportError: matplotlib is not installed; nothing was written.
+        ExportError: matplotlib is not installed or the folder cannot be made; nothing was written.
     """
-    check_figures()
+    check_figures(folder)
     place = Path(folder)
     place.mkdir(exist_ok=True)
     signs, gates = charts.sign_chart(findings), charts.gate_chart(findings)

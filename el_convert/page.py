@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
@@ -160,6 +161,12 @@ class _Page:
         ]
 
     @property
+    def reasons(self) -> list[tuple[str, str, int]]:
+        """(rule, reason, how many it kept), in the network's order."""
+        counts = Counter((layer.after.pattern, layer.after.reason) for layer in self.kept)
+        return [(rule, reason, count) for (rule, reason), count in counts.items()]
+
+    @property
     def tiles(self) -> Iterable[Tile]:
         """The headline."""
         found, after = self._findings, self.after
@@ -246,8 +253,21 @@ class _Page:
             if seen.same_answer is None
             else f"both networks say the same class for {seen.same_answer:,}, and "
         )
-        apart = difference(seen.difference)
-        return f"On {self.images} {same}the outputs differ by {apart} of the largest at most."
+        alike = (
+            "their outputs are equal to the last bit"
+            if seen.difference == 0
+            else f"their outputs differ by {difference(seen.difference)} of the largest at most"
+        )
+        layers = " So are those of every layer." if self.agrees else ""
+        return f"On {self.images} {same}{alike}.{layers}"
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing at all differs between packed and unpacked network."""
+        seen = self._findings.observed
+        return seen is not None and not any(
+            (seen.difference, *(d for one in seen.layers for d in (one.difference, one.flips)))
+        )
 
     @property
     def not_compared(self) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from el_convert.findings import Findings, LayerFinding, Spread, spread
@@ -102,10 +103,18 @@ def _percent(value: float, whole: float) -> float:
     return round(100 * value / whole, 2) if whole else 0.0
 
 
-def stages(layers: Iterable[LayerFinding]) -> list[tuple[str, int]]:
-    """(first part of the name, layers in a row that have it)."""
-    names = (layer.path.partition(".")[0] for layer in layers)
-    return [(name, len(list(same))) for name, same in itertools.groupby(names)]
+def stages(layers: Sequence[LayerFinding]) -> list[tuple[str, int]]:
+    """(beginning of the name, layers in a row that have it).
+
+    Of one part, as in "layer1"; of two, as in "blocks.3", where one part is half of the network's.
+    """
+    first = Counter(layer.path.partition(".")[0] for layer in layers)
+
+    def beginning(layer: LayerFinding) -> str:
+        parts = layer.path.split(".")
+        return ".".join(parts[: 1 + (2 * first[parts[0]] > len(layers))])
+
+    return [(name, len(list(same))) for name, same in itertools.groupby(map(beginning, layers))]
 
 
 @dataclass(frozen=True)
@@ -208,13 +217,22 @@ def gate_chart(findings: Findings) -> SpreadChart | None:
     if not known:
         return None
     starts = [layer.gate.start for layer in findings.layers if layer.gate]
-    foot = min(0.0, *(one.tenth for one in known), *starts)
-    top = max(*(one.ninetieth for one in known), *starts, foot + 1e-3)
+    foot, top = _axis(
+        min(*(one.tenth for one in known), *starts), max(*(one.ninetieth for one in known), *starts)
+    )
     columns = [
         None if one is None or gate is None else _column(one, foot, top, gate.start)
         for one, gate in zip(spreads, (layer.gate for layer in findings.layers), strict=True)
     ]
     return SpreadChart(top, foot, tuple(columns))
+
+
+def _axis(low: float, high: float) -> tuple[float, float]:
+    """Edges of an axis from 0; where values are close to each other and far from 0, around them."""
+    margin = max((high - low) / 10, abs(high) / 20, 1e-3)
+    if low > 0 and high - low < high / 4:
+        return low - margin, high + margin
+    return min(0.0, low), max(high, margin)
 
 
 def _column(values: Spread, foot: float, top: float, start: float | None = None) -> SpreadColumn:

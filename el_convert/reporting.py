@@ -12,6 +12,7 @@ from torch import nn
 
 from el_convert.atomic import replace_file
 from el_convert.convert import conversion_of
+from el_convert.errors import ExportError
 from el_convert.figures import check_figures, draw_figures
 from el_convert.findings import Findings, examine
 from el_convert.page import PageTexts, as_page
@@ -55,14 +56,17 @@ def write_report(
         ConversionError: the model is not binarized, does not run on that input, or `original` is
             another network.
         DataError: there is no image in `batches`.
-        ExportError: figures are wanted and matplotlib is not installed; nothing was written.
+        ExportError: there is no folder to write to, or figures are wanted and matplotlib is not
+            installed; nothing was written.
 
     Example:
         >>> write_report(model, "report.html", loader).smaller  # doctest: +SKIP
         12.9
     """
+    if not Path(path).parent.is_dir():
+        raise ExportError(f"{path} cannot be written: its folder does not exist")
     if figures is not None:
-        check_figures()
+        check_figures(figures)
     found = examine(
         model, batches, original=original, input_size=input_size, device=device, progress=progress
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import nbclient
 import nbformat
 import pytest
 import torch
+from page_reader import Page
 from pictures import draw_folder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -109,3 +111,15 @@ def test_step_time(tmp_path: Path) -> None:
     lines = example("step_time.py", *words, cwd=tmp_path).splitlines()
     assert lines[0] == "resnet18, elastic-link, batch 2, 32 pixels, one thread"
     assert [line.split(":")[0] for line in lines[1:]] == ["step", "peak"]
+
+
+def test_report_is_small_and_says_what_it_is_of() -> None:
+    page, picture = EXAMPLES / "report-resnet26.html", EXAMPLES / "report-resnet26.png"
+    text = page.read_text(encoding="utf-8")
+    read = Page(text)
+    assert len(read.tables["layers"].rows) == 30
+    assert "signs" in read.tables
+    assert "Trained for 6 epochs on 10,000 of CIFAR-10's training images" in read.text
+    assert not re.search(r"/(tmp|work|home|root|Users)\b", text)
+    assert page.stat().st_size < 300_000
+    assert picture.stat().st_size < 150_000

@@ -135,9 +135,20 @@ def test_the_headline(page: Page, found: Findings) -> None:
 def test_what_was_kept_and_why(page: Page, found: Findings) -> None:
     (row,) = page.tables["kept"].rows
     (kept,) = found.after.kept
-    assert [row[name][0] for name in ("layer", "rule", "reason")] == [
-        kept.path, kept.pattern, kept.reason
-    ]  # fmt: skip
+    assert (row["layer"][0], row["rule"][0]) == (kept.path, kept.pattern)
+    assert f"(1): {kept.reason}" in " ".join(page.texts["li"])
+
+
+def test_many_kept_layers_share_their_reason() -> None:
+    model = timm.create_model("mobilenetv3_small_050", num_classes=3)
+    found = examine(binarize(model), input_size=(3, 64, 64))
+    page = Page(as_page(found, TEXTS))
+    kept = [layer for layer in found.layers if layer.after.action == "keep"]
+    assert [row["layer"][0] for row in page.tables["kept"].rows] == [one.path for one in kept]
+    assert len(kept) > 10
+    for rule in {one.after.pattern for one in kept}:
+        assert page.texts["b"].count(rule) == 1
+    assert "blocks.3" in page.texts["span"]  # all but a few layers are in "blocks"
 
 
 def test_signs_are_those_of_hooks(page: Page, model: nn.Module) -> None:
@@ -269,6 +280,14 @@ def test_figures_without_matplotlib(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nowhere_to_write(tmp_path: Path, model: nn.Module) -> None:
+    with pytest.raises(ExportError, match="its folder does not exist"):
+        write_report(model, tmp_path / "a" / "r.html", input_size=SIZE)
+    with pytest.raises(ExportError, match="can be no folder"):
+        write_report(model, tmp_path / "r.html", input_size=SIZE, figures=tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
 # Colours: WCAG 2's contrast, and distances as people see them who lack one kind of cone.
 def palettes() -> dict[str, dict[str, str]]:
     css = (TEMPLATES / "page.css").read_text()
@@ -383,8 +402,7 @@ def browse(folder: Path, *words: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["small", "densenet121"])
+@pytest.mark.parametrize("name", ["small", pytest.param("densenet121", marks=pytest.mark.slow)])
 def test_in_a_browser(tmp_path: Path, text: str, found: Findings, name: str) -> None:
     if name == "densenet121":  # 120 convolutions, so that the strip has to scroll in its box
         large = timm.create_model("densenet121", num_classes=10)
@@ -405,7 +423,6 @@ def test_in_a_browser(tmp_path: Path, text: str, found: Findings, name: str) -> 
     assert seen["narrowest"] >= 3
 
 
-@pytest.mark.slow
 def test_a_screenshot(tmp_path: Path, text: str) -> None:
     from PIL import Image
 
