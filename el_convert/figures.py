@@ -182,7 +182,7 @@ def _draw_spreads(figure: Any, findings: Findings, chart: charts.SpreadChart, na
     heights = [scale * (one.high - one.low) for _, one in columns]
     feet = values(lambda one: one.low)
     axes.bar(
-        places, heights, 0.8, feet, color=_COLOURS["1-bit"], alpha=0.5, label="80 % of channels"
+        places, heights, 0.8, feet, color=_COLOURS["1-bit"], alpha=0.7, label="80 % of channels"
     )
     medians = values(lambda one: one.median)
     axes.hlines(medians, *_ends(places), color=_INK, linewidth=1.5, label="median channel")

@@ -317,6 +317,9 @@ def test_contrast(scheme: str) -> None:
             assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
     for mark in ("one-bit", "linear", "rest", "mark", "accent"):
         assert contrast(colours[mark], colours["surface"]) >= 3, mark
+    pairs = [(colours[name][i : i + 2] for name in ("one-bit", "surface")) for i in (1, 3, 5)]
+    box = "".join(f"{round(0.7 * int(a, 16) + 0.3 * int(b, 16)):02x}" for a, b in pairs)
+    assert contrast(f"#{box}", colours["surface"]) >= 3  # the spreads' boxes
     # With a texture of its own.
     assert contrast(colours["float"], colours["surface"]) >= 2.8
 
