@@ -309,6 +309,9 @@ def contrast(one: str, other: str) -> float:
     return (bright + 0.05) / (dark + 0.05)
 
 
+SPREAD = ("one-bit", "surface")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast(scheme: str) -> None:
     colours = palettes()[scheme]
@@ -317,8 +320,8 @@ def test_contrast(scheme: str) -> None:
             assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
     for mark in ("one-bit", "linear", "rest", "mark", "accent"):
         assert contrast(colours[mark], colours["surface"]) >= 3, mark
-    pairs = [(colours[name][i : i + 2] for name in ("one-bit", "surface")) for i in (1, 3, 5)]
-    box = "".join(f"{round(0.7 * int(a, 16) + 0.3 * int(b, 16)):02x}" for a, b in pairs)
+    front, back = ([int(colours[n][i : i + 2], 16) for i in (1, 3, 5)] for n in SPREAD)
+    box = "".join(f"{round(0.7 * a + 0.3 * b):02x}" for a, b in zip(front, back, strict=True))
     assert contrast(f"#{box}", colours["surface"]) >= 3  # the spreads' boxes
     # With a texture of its own.
     assert contrast(colours["float"], colours["surface"]) >= 2.8
