@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from el_convert.evaluation import evaluate
     from el_convert.exporting import Exported, export
+    from el_convert.findings import Findings, examine
     from el_convert.graphs import BinarizePass, to_graph
     from el_convert.link import ElasticLink
     from el_convert.nn import (
@@ -41,10 +42,12 @@ if TYPE_CHECKING:
     )
     from el_convert.packed import PackedConv
     from el_convert.packing import pack
+    from el_convert.page import PageTexts
     from el_convert.patterns import Pattern, register_pattern, unregister_pattern
     from el_convert.planning import Decision, plan
     from el_convert.recipes import RECIPES, Recipe, RecipeError
     from el_convert.report import Summary, summarize
+    from el_convert.reporting import write_report
     from el_convert.slopes import RPReLU
     from el_convert.train_options import ImageOptions, TrainOptions
     from el_convert.training import train
@@ -66,8 +69,10 @@ _HOME = {
     "ElasticLink": "link",
     "ExportError": "errors",
     "Exported": "exporting",
+    "Findings": "findings",
     "ImageOptions": "train_options",
     "PackedConv": "packed",
+    "PageTexts": "page",
     "Pattern": "patterns",
     "RECIPES": "recipes",
     "RPReLU": "slopes",
@@ -81,6 +86,7 @@ _HOME = {
     "binarize": "convert",
     "calibrate": "calibration",
     "evaluate": "evaluation",
+    "examine": "findings",
     "export": "exporting",
     "load": "checkpoint",
     "open_images": "datasets",
@@ -92,6 +98,7 @@ _HOME = {
     "to_graph": "graphs",
     "train": "training",
     "unregister_pattern": "patterns",
+    "write_report": "reporting",
 }
 
 __all__ = [
@@ -111,8 +118,10 @@ __all__ = [
     "ElasticLink",
     "ExportError",
     "Exported",
+    "Findings",
     "ImageOptions",
     "PackedConv",
+    "PageTexts",
     "Pattern",
     "RPReLU",
     "Recipe",
@@ -126,6 +135,7 @@ __all__ = [
     "binarize",
     "calibrate",
     "evaluate",
+    "examine",
     "export",
     "load",
     "open_images",
@@ -137,6 +147,7 @@ __all__ = [
     "to_graph",
     "train",
     "unregister_pattern",
+    "write_report",
 ]
 
 

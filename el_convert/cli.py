@@ -16,6 +16,7 @@ from click.shell_completion import CompletionItem
 from el_convert._version import __version__
 from el_convert.cli_export import export
 from el_convert.cli_files import FILE, OUT, OUT_HELP, read_model
+from el_convert.cli_report import report
 from el_convert.cli_training import calibrate, evaluate, train
 from el_convert.console import check_model_output, errors_as_exits, print_result, step
 from el_convert.errors import UnknownNameError, nearest_names
@@ -79,6 +80,7 @@ def main() -> None:
       el-convert models 'mobilenet*'        list models
       el-convert pack bnn.pt --out small.pt store a trained network at 1 bit
       el-convert inspect bnn.pt             show what a file holds
+      el-convert report bnn.pt --out r.html write a page about it
       el-convert bench small.pt             time it against its float original
 
     `el-convert convert --help` lists the options. The converted network must be trained.
@@ -331,5 +333,5 @@ def _contestants(name: str) -> tuple[nn.Module, nn.Module, Any]:
     return packed, create(source).eval(), source
 
 
-for _command in (train, evaluate, calibrate, export):
+for _command in (train, evaluate, calibrate, export, report):
     main.add_command(_command)

@@ -3,124 +3,52 @@
 from __future__ import annotations
 
 import json
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from el_convert.cli_files import FILE, OUT, OUT_HELP, read_model
+from el_convert.cli_options import (
+    EVALUATION,
+    INPUT_FILE,
+    PATH,
+    device_of,
+    device_option,
+    image_options,
+    options_of,
+    size_option,
+    warn_corrupt,
+)
 from el_convert.console import check_model_output, errors_as_exits, step
 from el_convert.errors import TrainingError
-from el_convert.train_options import ImageOptions, TrainOptions, field_help
+from el_convert.train_options import ImageOptions, TrainOptions
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
-
-    from el_convert.datasets import LabelledImages
-
-_FROM_MODEL = ("size", "mean", "std", "images")
-_EVALUATION = ("batch_size", "workers", "crop_pct", "corrupt")
-_FLOAT = click.Path(exists=True, dir_okay=False, path_type=Path)
-_DATA = click.Path(path_type=Path)
-
-
-def _options_of(kind: type, names: tuple[str, ...] = ()) -> Callable[[Any], Any]:
-    """A click option for each field of an options class, its help from the class's docstring."""
-    hints, helps = get_type_hints(kind), field_help(kind)
-
-    def decorate(command: Any) -> Any:
-        for field in reversed(fields(kind)):
-            if field.name in _FROM_MODEL or (names and field.name not in names):
-                continue
-            default = None if field.default is MISSING else field.default
-            flag = "--" + field.name.replace("_", "-")
-            text = helps[field.name][0].upper() + helps[field.name][1:]
-            command = _option(flag, hints[field.name], default, text)(command)
-        return command
-
-    return decorate
-
-
-def _option(flag: str, hint: Any, default: Any, text: str) -> Callable[[Any], Any]:
-    if get_origin(hint) in (Union, types.UnionType):
-        (hint,) = [part for part in get_args(hint) if part is not type(None)]
-    options: dict[str, Any] = {
-        "default": default,
-        "help": text,
-        "show_default": default is not None,
-    }
-    if hint is bool:
-        return click.option(f"{flag}/--no-{flag[2:]}", **options)
-    if get_origin(hint) is Literal:
-        kinds = {str(choice): choice for choice in get_args(hint)}
-        options["callback"] = lambda _, __, value: kinds.get(str(value))
-        return click.option(flag, type=click.Choice(list(kinds)), **options)
-    if get_origin(hint) is tuple:
-        return click.option(flag, type=get_args(hint)[0], nargs=len(get_args(hint)), **options)
-    return click.option(flag, type=hint, **options)
-
-
-def _device_option(command: Any) -> Any:
-    return click.option("--device", help="cpu, cuda, cuda:1, ...; the GPU where there is one.")(
-        command
-    )
-
-
-def _size_option(command: Any) -> Any:
-    help = "Side of the images, where it is not the model's own."
-    return click.option("--image-size", type=click.IntRange(1), help=help)(command)
-
-
-def _device(name: str | None) -> torch.device:
-    import os
-
-    import torch
-
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise click.BadParameter(str(error).split("\n")[0], param_hint="--device") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def _image_options(
-    model: nn.Module, source: Any, side: int | None, given: dict[str, Any]
-) -> ImageOptions:
-    from el_convert.zoo import input_spec
-
-    spec = input_spec(model, source)
-    size = spec.size if side is None else (spec.size[0], side, side)
-    return ImageOptions((size[0], size[1], size[2]), tuple(spec.mean), tuple(spec.std), **given)
 
 
 @click.command()
 @click.argument("file", type=FILE)
 @click.option(
-    "--data", type=_DATA, required=True, help="Folder of classes, of train and val, or tar."
+    "--data", type=PATH, required=True, help="Folder of classes, of train and val, or tar."
 )
-@click.option("--val", type=_DATA, help="Images to validate on, where not beside the others.")
+@click.option("--val", type=PATH, help="Images to validate on, where not beside the others.")
 @click.option("--out", type=OUT, required=True, help=OUT_HELP)
-@click.option("--run", type=_DATA, help="Folder of the run; OUT's name with .run by default.")
+@click.option("--run", type=PATH, help="Folder of the run; OUT's name with .run by default.")
 @click.option("--resume", is_flag=True, help="Go on where the run stopped.")
-@click.option("--weights", type=_FLOAT, help="Float checkpoint of the same network to start from.")
+@click.option(
+    "--weights", type=INPUT_FILE, help="Float checkpoint of the same network to start from."
+)
 @click.option("--teacher", help="Model name, whose trained weights are used, or a converted FILE.")
-@click.option("--teacher-weights", type=_FLOAT, help="Float checkpoint of a named teacher.")
-@_size_option
-@_device_option
-@_options_of(ImageOptions)
-@_options_of(TrainOptions)
+@click.option("--teacher-weights", type=INPUT_FILE, help="Float checkpoint of a named teacher.")
+@size_option
+@device_option
+@options_of(ImageOptions)
+@options_of(TrainOptions)
 def train(
     file: Path,
     data: Path,
@@ -150,13 +78,11 @@ def train(
         from el_convert.training import train as train_model
     run = run or _beside(Path(out))
     for_images = {f.name: given.pop(f.name) for f in fields(ImageOptions) if f.name in given}
-    where = _device(device)
+    where = device_of(device)
     with errors_as_exits(), join_processes(where) as processes:
         model, source, _ = read_model(file)
         check_trainable(model)
-        options = TrainOptions(
-            **given, images=_image_options(model, source, image_size, for_images)
-        )
+        options = TrainOptions(**given, images=image_options(model, source, image_size, for_images))
         with step("listing images"):
             train_from, validate_on = find_splits(data, val)
             images = open_images(train_from, options.images, training=True)
@@ -230,14 +156,12 @@ def _shown(first: bool) -> Iterator[Any]:
 
 @click.command()
 @click.argument("file", type=FILE)
-@click.option(
-    "--data", type=_DATA, required=True, help="Folder of classes, with val in it, or tar."
-)
+@click.option("--data", type=PATH, required=True, help="Folder of classes, with val in it, or tar.")
 @click.option("--per-class", is_flag=True, help="Each class too, the worst first.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-@_size_option
-@_device_option
-@_options_of(ImageOptions, _EVALUATION)
+@size_option
+@device_option
+@options_of(ImageOptions, EVALUATION)
 def evaluate(
     file: Path,
     data: Path,
@@ -253,10 +177,10 @@ def evaluate(
         from el_convert.evaluation import class_count
         from el_convert.evaluation import evaluate as evaluate_model
         from el_convert.progress import counted
-    where = _device(device)
+    where = device_of(device)
     with errors_as_exits():
         model, source, _ = read_model(file)
-        options = _image_options(model, source, image_size, given)
+        options = image_options(model, source, image_size, given)
         images = open_images(split_of(data), options, training=False)
         check_classes(images, class_count(model, options))
         loader = evaluation_loader(images, options)
@@ -268,7 +192,7 @@ def evaluate(
                 device=where,
                 progress=progress,
             )
-    _warn_corrupt(images)
+    warn_corrupt(images)
     if as_json:
         click.echo(json.dumps({"file": str(file), **vars(result)}))
         return
@@ -285,12 +209,12 @@ def evaluate(
 
 @click.command()
 @click.argument("file", type=FILE)
-@click.option("--data", type=_DATA, required=True, help="Images like those to train on.")
+@click.option("--data", type=PATH, required=True, help="Images like those to train on.")
 @click.option("--out", type=OUT, required=True, help=OUT_HELP)
 @click.option("--batches", type=click.IntRange(1), default=20, show_default=True)
-@_size_option
-@_device_option
-@_options_of(ImageOptions, _EVALUATION)
+@size_option
+@device_option
+@options_of(ImageOptions, EVALUATION)
 def calibrate(
     file: Path,
     data: Path,
@@ -313,31 +237,21 @@ def calibrate(
         from el_convert.checkpoint import save
         from el_convert.datasets import EpochSampler, find_splits, open_images, training_loader
         from el_convert.training import check_trainable
-    where = _device(device)
+    where = device_of(device)
     with errors_as_exits():
         model, source, _ = read_model(file)
         check_trainable(model)
-        options = replace(_image_options(model, source, image_size, given), augment=False)
+        options = replace(image_options(model, source, image_size, given), augment=False)
         images = open_images(find_splits(data, None)[0], options, training=False)
         options = replace(options, batch_size=min(options.batch_size, len(images)))
         order = EpochSampler(len(images), options.batch_size, seed=0)
         loader = training_loader(images, options, order)
         with step(f"calibrating on {min(batches, len(loader))} batches"):
             found = calibrate_model(model.to(where), islice(loader, batches), device=where)
-        _warn_corrupt(images)
+        warn_corrupt(images)
         with step(f"writing {out}"):
             save(model.cpu(), out, source=source)
     click.echo(
         f"wrote {out}: {found.norms} norms and the thresholds of {found.thresholds} layers, "
         f"from {found.batches} batches"
     )
-
-
-def _warn_corrupt(images: LabelledImages) -> None:
-    from el_convert.errors import first_few
-
-    names = list(dict.fromkeys(images.corrupt_names()))
-    if names:
-        click.echo(
-            f"{len(names)} images do not decode and were skipped: {first_few(names)}", err=True
-        )

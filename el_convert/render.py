@@ -134,7 +134,7 @@ def _title(summary: Summary) -> str:
 def closing_lines(summary: Summary) -> list[str]:
     """Totals, kept layers with reasons, and activations, as sentences."""
     calls = [f"not counted: {functional_notice(summary.functional)}"] if summary.functional else []
-    return [*_totals(summary), *_reasons(summary), *calls, *_activation_lines(summary)]
+    return [*_totals(summary), *_reasons(summary), *calls, *activation_lines(summary)]
 
 
 def _totals(summary: Summary) -> Iterator[str]:
@@ -168,7 +168,8 @@ def _reasons(summary: Summary) -> Iterator[str]:
         yield f"kept, {pattern}: {_some(paths)}: {reason}"
 
 
-def _activation_lines(summary: Summary) -> Iterator[str]:
+def activation_lines(summary: Summary) -> Iterator[str]:
+    """What became of the activations that feed binarized convolutions, as sentences."""
     replaced = [change for change in summary.activations if change.action == "replace"]
     for name in dict.fromkeys(change.replacement for change in replaced):
         changes = [change for change in replaced if change.replacement == name]

@@ -12,6 +12,7 @@ import nbclient
 import nbformat
 import pytest
 import torch
+from page_reader import Page
 from pictures import draw_folder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -146,3 +147,15 @@ def test_openvino_speed(tmp_path: Path) -> None:
     words = ("test_resnet", "--image-size", 64, "--rounds", 1)
     (line,) = example("openvino_speed.py", *words, cwd=tmp_path).splitlines()
     assert line.startswith("test_resnet: 14 convolutions as BinaryConvolution, 1 in float, ")
+
+
+def test_report_is_small_and_says_what_it_is_of() -> None:
+    page, picture = EXAMPLES / "report-resnet26.html", EXAMPLES / "report-resnet26.png"
+    text = page.read_text(encoding="utf-8")
+    read = Page(text)
+    assert len(read.tables["layers"].rows) == 30
+    assert "signs" in read.tables
+    assert "Trained for 6 epochs on 10,000 of CIFAR-10's training images" in read.text
+    assert not re.search(r"/(tmp|work|home|root|Users)\b", text)
+    assert page.stat().st_size < 300_000
+    assert picture.stat().st_size < 150_000
