@@ -15,7 +15,7 @@ OPSET = 18
 """The version of ONNX's operators that graphs use."""
 
 _UINT8, _FLOAT = 2, 1  # ONNX's numbers of these types
-_UNPACKING = {"Unsqueeze", "BitShift", "Reshape", "Slice", "Cast", "Mul", "Sub"}
+_UNPACKING = {"Unsqueeze", "BitShift", "BitwiseAnd", "Reshape", "Slice", "Cast", "Mul", "Sub"}
 
 
 def onnx_program(
@@ -47,7 +47,8 @@ def onnx_program(
     """
     from onnxscript.optimizer import optimize_ir
 
-    operator = torch.ops.el_convert.binary_conv2d.default
+    operator: Any = torch.ops.el_convert.binary_conv2d.default
+    shift: Any = torch.ops.aten.__rshift__.Tensor
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's exporter warns about itself
@@ -59,7 +60,10 @@ def onnx_program(
                 optimize=False,
                 opset_version=OPSET,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
-                custom_translation_table={operator: translate or binary_conv2d_in_onnx},
+                custom_translation_table={
+                    operator: translate or binary_conv2d_in_onnx,
+                    shift: _right_shift,
+                },
                 input_names=["input"],
                 output_names=list(output_names),
             )
@@ -129,6 +133,13 @@ def binary_conv2d_in_onnx(
     # Whole numbers, also where a runtime multiplies scales into the weights or uses Winograd's
     # algorithm: a sum of exactly 0 may go to the next sign.
     return op.Round(sums)
+
+
+def _right_shift(input: Any, places: Any) -> Any:
+    """What unpacks the weights of other than 2d convolutions; torch has no translation of it."""
+    from onnxscript import opset18
+
+    return opset18.BitShift(input, places, direction="RIGHT")
 
 
 def _signs_of(op: Any, bits: Any, shape: Sequence[int]) -> Any:

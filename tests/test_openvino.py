@@ -186,7 +186,7 @@ def test_recipes(recipe: str, tmp_path: Path) -> None:
 
 
 class Two(nn.Module):
-    """Several outputs, padding as TensorFlow's, a layer that is called twice."""
+    """Several outputs, padding as TensorFlow's, a layer called twice, a transposed one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,9 +194,10 @@ class Two(nn.Module):
         self.low, self.high = nn.Conv2d(16, 4, 1), nn.Conv2d(16, 2, 1)
         self.twice = nn.Conv2d(16, 16, 3, padding=1)
         self.same = timm.layers.Conv2dSame(16, 16, 3, stride=2)
+        self.up = nn.ConvTranspose2d(16, 16, 2, stride=2)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        x = self.twice(self.twice(self.stem(x)))
+        x = self.up(self.twice(self.twice(self.stem(x))))
         return {"low": self.low(self.same(x)), "high": self.high(x)}
 
 
@@ -206,6 +207,7 @@ def test_several_outputs_and_calls(tmp_path: Path) -> None:
     assert isinstance(model.same, BinaryConv2dSame)
     done = export(model, path, format="openvino", input_size=SIZE)
     assert sorted(done.binary) == ["same", "twice"]
+    assert dict(done.in_float)["up"] == "transposed, 2d"
     ran, x = compiled(path), torch.randn(1, *SIZE)
     assert len(list(kernels(ran))) == 3
     found = ran(x.numpy())
