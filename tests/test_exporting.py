@@ -165,6 +165,8 @@ def test_what_does_not_agree_is_not_written(net: nn.Module, tmp_path: Path) -> N
     assert path.read_text() == "as it was"
     assert list(tmp_path.iterdir()) == [path]
     assert difference([torch.zeros(2)], [torch.zeros(3)]) == float("inf")
+    given, wanted = [torch.ones(1), torch.tensor([float("nan")])], [torch.zeros(1), torch.ones(1)]
+    assert difference(given, wanted) == float("inf")
 
 
 class Branching(Two):

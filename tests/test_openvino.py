@@ -254,6 +254,8 @@ def test_refusals(tiny: nn.Module, tmp_path: Path) -> None:
         export(tiny, path, format="openvino", float_weights=True)
     with pytest.raises(ExportError, match="at least 1, not 0"):
         export(tiny, path, format="openvino", batch=0)
+    with pytest.raises(ExportError, match="another input_size"):
+        export(tiny, path, format="openvino", input_size=SIZE, images=torch.rand(2, 3, 9, 9))
     with pytest.raises(ExportError, match="leave batch out"):
         export(tiny, tmp_path / "net.onnx", batch=2)
     narrow = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1))
