@@ -58,6 +58,9 @@ def output_names(outputs: Sequence[Tensor]) -> list[str]:
 def difference(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """The largest difference, relative to the largest value of the same output.
 
+    Returns:
+        Infinity where shapes differ or a value is NaN.
+
     Example:
         >>> difference([torch.tensor([1.0, 4.0])], [torch.tensor([2.0, 4.0])])
         0.25
@@ -65,15 +68,16 @@ def difference(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     if [tuple(value.shape) for value in given] != [tuple(value.shape) for value in wanted]:
         return math.inf
     pairs = zip(given, wanted, strict=True)
-    return max(
+    found = [
         float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
         for ours, theirs in pairs
-    )
+    ]
+    return math.inf if any(map(math.isnan, found)) else max(found)
 
 
 def refuse_difference(runtime: str, error: float, tolerance: float) -> None:
-    """Raise ExportError where a runtime's outputs are too far from the model's, or NaN."""
-    if not error <= tolerance:
+    """Raise ExportError where a runtime's outputs are too far from the model's."""
+    if error > tolerance:
         raise ExportError(
             f"{runtime} differs from the model by {error:.1e}, more than the tolerance of "
             f"{tolerance:.0e}: nothing was written"

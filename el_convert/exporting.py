@@ -107,8 +107,8 @@ def export(
     Raises:
         ConversionError: the model is not binarized or has nothing to pack.
         ExportError: the extra `export` is not installed, the model's forward cannot be exported,
-            its outputs are not finite, or the file does not agree, or an argument is of the other
-            format: nothing is written.
+            its outputs are not finite, the file does not agree, or an argument does not go with
+            the format: nothing is written.
 
     Example:
         >>> export(binarize(model).eval(), "model.onnx").packed  # doctest: +SKIP
@@ -121,6 +121,7 @@ def export(
     batches = [*torch.split(random, list(_BATCHES)), *([] if images is None else [images])]
     count = sum(map(len, batches))
     if format == "openvino":
+        _refuse_sizes(images, input_size)
         done = write_openvino(
             packed, path, torch.cat(batches), batch=batch or 1, tolerance=tolerance
         )
@@ -152,6 +153,14 @@ def _refuse_arguments(format: str, path: Path, float_weights: bool, batch: int |
         raise ExportError(f"{path}: the name of OpenVINO's file must end in .xml")
     if batch is not None and batch < 1:
         raise ExportError(f"batch must be at least 1, not {batch}")
+
+
+def _refuse_sizes(images: Tensor | None, size: Sequence[int]) -> None:
+    if images is not None and tuple(images.shape[1:]) != tuple(size):
+        raise ExportError(
+            f"images are {tuple(images.shape)}, but OpenVINO's 1-bit kernels take one size: "
+            f"pass images of (N, {', '.join(map(str, size))}) or another input_size"
+        )
 
 
 def _write_onnx(

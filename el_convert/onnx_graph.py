@@ -18,7 +18,7 @@ OPSET = 18
 _ESCAPES = re.compile("\x1b\\[[0-9;]*m")
 _UINT8, _FLOAT = 2, 1  # ONNX's numbers of these types
 _POSITIVE = 1e-30  # leaves room for a factor before a product is 0
-_UNPACKING = {"Unsqueeze", "BitShift", "Reshape", "Slice", "Cast", "Mul", "Sub"}
+_UNPACKING = {"Unsqueeze", "BitShift", "BitwiseAnd", "Reshape", "Slice", "Cast", "Mul", "Sub"}
 
 
 def onnx_program(

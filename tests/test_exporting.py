@@ -130,6 +130,16 @@ def test_recipes(recipe: str, tmp_path: Path) -> None:
     assert export(model, tmp_path / "net.onnx", input_size=SIZE).error <= 1e-5
 
 
+@pytest.mark.parametrize("float_weights", [False, True])
+def test_transposed_convolutions(float_weights: bool, tmp_path: Path) -> None:
+    path = tmp_path / "up.onnx"
+    layers = (nn.Conv2d(3, 9, 3), nn.ConvTranspose2d(9, 6, 3, stride=2), nn.Conv2d(6, 4, 1))
+    model = trained(nn.Sequential(*layers))
+    done = export(model, path, input_size=SIZE, float_weights=float_weights)
+    assert (done.packed, done.error <= 1e-5) == (1, True)
+    assert ("BitShift" in nodes(path)) == (not float_weights)
+
+
 class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -201,6 +211,8 @@ def test_what_does_not_agree_is_not_written(net: nn.Module, tmp_path: Path) -> N
     assert path.read_text() == "as it was"
     assert list(tmp_path.iterdir()) == [path]
     assert difference([torch.zeros(2)], [torch.zeros(3)]) == float("inf")
+    given, wanted = [torch.ones(1), torch.tensor([float("nan")])], [torch.zeros(1), torch.ones(1)]
+    assert difference(given, wanted) == float("inf")
 
 
 class Branching(Two):

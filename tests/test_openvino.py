@@ -186,7 +186,7 @@ def test_recipes(recipe: str, tmp_path: Path) -> None:
 
 
 class Two(nn.Module):
-    """Several outputs, padding as TensorFlow's, a layer that is called twice."""
+    """Several outputs, padding as TensorFlow's, a layer called twice, a transposed one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,9 +194,10 @@ class Two(nn.Module):
         self.low, self.high = nn.Conv2d(16, 4, 1), nn.Conv2d(16, 2, 1)
         self.twice = nn.Conv2d(16, 16, 3, padding=1)
         self.same = timm.layers.Conv2dSame(16, 16, 3, stride=2)
+        self.up = nn.ConvTranspose2d(16, 16, 2, stride=2)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        x = self.twice(self.twice(self.stem(x)))
+        x = self.up(self.twice(self.twice(self.stem(x))))
         return {"low": self.low(self.same(x)), "high": self.high(x)}
 
 
@@ -206,6 +207,7 @@ def test_several_outputs_and_calls(tmp_path: Path) -> None:
     assert isinstance(model.same, BinaryConv2dSame)
     done = export(model, path, format="openvino", input_size=SIZE)
     assert sorted(done.binary) == ["same", "twice"]
+    assert dict(done.in_float)["up"] == "transposed, 2d"
     ran, x = compiled(path), torch.randn(1, *SIZE)
     assert len(list(kernels(ran))) == 3
     found = ran(x.numpy())
@@ -252,6 +254,8 @@ def test_refusals(tiny: nn.Module, tmp_path: Path) -> None:
         export(tiny, path, format="openvino", float_weights=True)
     with pytest.raises(ExportError, match="at least 1, not 0"):
         export(tiny, path, format="openvino", batch=0)
+    with pytest.raises(ExportError, match="another input_size"):
+        export(tiny, path, format="openvino", input_size=SIZE, images=torch.rand(2, 3, 9, 9))
     with pytest.raises(ExportError, match="leave it out"):
         export(tiny, tmp_path / "net.onnx", batch=2)
     narrow = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1))
