@@ -33,12 +33,9 @@ class _Step(Structure):
 class _Chain(Structure):
     _fields_ = [
         *[(name, c_void_p) for name in ("steps", "input", "scratch", "output")],
-        *[
-            (name, c_int64)
-            for name in ("count", "batch", "images", "input_floats", "output_floats")
-        ],
-        ("threads", c_int32),
-        ("reserved", c_int32),
+        *[(name, c_int64) for name in ("count", "batch", "images", "input_floats")],
+        *[(name, c_int64) for name in ("output_floats", "slot_floats")],
+        *[(name, c_int32) for name in ("threads", "slots")],
     ]
 
 
@@ -109,13 +106,16 @@ class NativeChain:
             (N, C_out, OH, OW), channels_last.
         """
         batch, channels, height, width = input.shape
-        images = min(batch, max(1, _CACHE_FLOATS // max(self._scratch, 1)))
-        scratch = self._maps.take(1, max(self._scratch * images, 1), 1, 1)
+        threads = torch.get_num_threads()
+        slots = threads if batch >= threads else 1
+        images = min(batch // slots, max(1, _CACHE_FLOATS // max(self._scratch, 1)))
+        slot_floats = self._scratch * images
+        scratch = self._maps.take(1, max(slot_floats * slots, 1), 1, 1)
         output = self._maps.take(batch, *self._output)
         call = _Chain(
             self._address, input.data_ptr(), scratch.data_ptr(), output.data_ptr(),
             len(self._steps), batch, images, channels * height * width, self._output_floats,
-            torch.get_num_threads(),
+            slot_floats, threads, slots,
         )  # fmt: skip
         if self._run(byref(call)):
             raise MemoryError("the 1-bit convolutions could not get their scratch memory")

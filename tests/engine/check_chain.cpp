@@ -6,6 +6,7 @@
 // One line per instruction set; the exit status is 1 where anything differs. See .ci/engine-check.
 #include <string.h>
 
+#include <thread>
 #include <vector>
 
 #include "engine.h"
@@ -27,7 +28,7 @@ struct Chain {
     Chain(long number, const char *isa) : random(static_cast<uint64_t>(number)) {
         height = random.between(1, 9), width = random.between(1, 9);
         batch = random.between(0, 5), images = random.between(1, 3);
-        threads = random.between(1, 2);
+        threads = random.between(1, 2), slots = random.between(1, 3);
         sizes.push_back(random.between(1, 70));
         const int count = random.between(1, 6);
         layers.resize(static_cast<size_t>(count));
@@ -68,7 +69,7 @@ struct Chain {
     int64_t floats(size_t map) const { return int64_t(sizes[map]) * height * width; }
 
     Random random;
-    int height, width, batch, images, threads;
+    int height, width, batch, images, threads, slots;
     std::vector<int> sizes;
     std::vector<Layer> layers;
 };
@@ -137,7 +138,8 @@ bool check(long number, const char *isa) {
         steps.push_back(step);
     }
     const size_t size = sizeof(float);
-    const Memory scratch(static_cast<size_t>(scratch_floats * chain.images) * size, true);
+    const Memory scratch(
+        static_cast<size_t>(scratch_floats * chain.images * chain.slots) * size, true);
     const Memory input(maps[0].size() * size, true), output(maps[count].size() * size, true);
     if (!maps[0].empty()) memcpy(input.as<float>(), maps[0].data(), maps[0].size() * size);
     el_chain call = {};
@@ -150,10 +152,20 @@ bool check(long number, const char *isa) {
     call.images = chain.images;
     call.input_floats = chain.floats(0);
     call.output_floats = chain.floats(count);
+    call.slot_floats = scratch_floats * chain.images;
+    call.slots = chain.slots;
     call.threads = chain.threads;
     if (el_chain_run(&call)) return false;
     return maps[count].empty() ||
            !memcmp(output.as<float>(), maps[count].data(), maps[count].size() * size);
+}
+
+// As OpenMP does it.
+void in_threads(void (*work)(void *), void *data, unsigned count, unsigned) {
+    std::vector<std::thread> threads;
+    for (unsigned i = 1; i < count; i++) threads.emplace_back(work, data);
+    work(data);
+    for (std::thread &thread : threads) thread.join();
 }
 
 }  // namespace
@@ -161,6 +173,7 @@ bool check(long number, const char *isa) {
 int main(int count, char **given) {
     const long cases = count > 1 ? atol(given[1]) : kDefaultCases;
     long wrong = 0;
+    el_set_parallel(reinterpret_cast<void *>(in_threads));
     for (int i = 0; const char *isa = el_isa_name(i); i++) {
         long of_isa = 0;
         for (long number = 0; number < cases; number++) of_isa += !check(number, isa);

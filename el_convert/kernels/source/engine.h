@@ -76,11 +76,13 @@ typedef struct {
 typedef struct {
     const el_step *steps;
     const float *input;
-    float *scratch;  // images times what the places need for one
+    float *scratch;  // for each slot, images times what the places need for one
     float *output;
-    int64_t count, batch, images;
+    int64_t count, batch, images;         // images: at least 1
     int64_t input_floats, output_floats;  // of an image
-    int32_t threads, reserved;
+    int64_t slot_floats;
+    // Threads share the work of each step; with more than one slot, so many share the images.
+    int32_t threads, slots;
 } el_chain;
 
 // Norm and activation of a float map, as in el_epilogue, then max pooling; padding is never the
