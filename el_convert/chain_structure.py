@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.modules.module as torch_module
 from torch import Tensor, fx, nn
 
+from el_convert.fusion import TAIL_TENSORS
 from el_convert.kernels.version import Marks
 from el_convert.packed import PackedConv
 from el_convert.tail import Tail
@@ -17,7 +18,6 @@ from el_convert.tail import Tail
 _NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, nn.Dropout2d)
 _SEQUENTIALS = ("Sequential", "PackedSequential")  # subclasses may compute anything
 _BUFFERS = ("bits", "threshold", "scale", "bias", "norm_scale", "norm_shift")
-_TAIL_TENSORS = ("slope", "shift_in", "shift_out")
 _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 
 Attribute = tuple[dict[str, Any], str]
@@ -45,7 +45,7 @@ class Call:
         if not owners and self.residual is None:
             return self.layer.tail
         return self.layer.tail.given(
-            None, *(owners[n][0][owners[n][1]] if n in owners else None for n in _TAIL_TENSORS)
+            None, *(owners[n][0][owners[n][1]] if n in owners else None for n in TAIL_TENSORS)
         )
 
 
@@ -77,7 +77,7 @@ class Layout:
         """Whether no module and no tensor was exchanged or changed since."""
         now = list(map(dict.get, self._owners, self._names))
         return (
-            one_of(now, self._values)
+            same_objects(now, self._values)
             and self._marks.hold(self._tensors)
             and all(len(parts) == count for parts, count in self._sizes)
         )
@@ -111,7 +111,7 @@ class Layout:
         return self
 
 
-def one_of(one: Sequence[Any], other: Sequence[Any]) -> bool:
+def same_objects(one: Sequence[Any], other: Sequence[Any]) -> bool:
     """Whether two sequences hold the same objects."""
     return len(one) == len(other) and all(map(is_, one, other))
 
@@ -132,8 +132,7 @@ def lay_out(modules: Sequence[nn.Module], *, entered: bool = False) -> Layout:
 
 def _walk(module: nn.Module, value: int, layout: Layout, *, hooks: bool = True) -> int | None:
     """Add a module's calls; gives the value that it returns."""
-    layout.watch_module(module, hooks)
-    if module.training or "forward" in module.__dict__:
+    if not _runs_as_written(module, layout, hooks):
         return None
     if type(module) is PackedConv:
         return _call(layout, Call(module, value, None, {}))
@@ -145,6 +144,12 @@ def _walk(module: nn.Module, value: int, layout: Layout, *, hooks: bool = True) 
             given = None if given is None else _walk(part, given, layout)
         return given
     return value if type(module) in _NOTHING_IN_EVAL else None
+
+
+def _runs_as_written(module: nn.Module, layout: Layout, hooks: bool) -> bool:
+    """Whether a module is in eval mode with its class's forward; it is watched from now on."""
+    layout.watch_module(module, hooks)
+    return not module.training and "forward" not in module.__dict__
 
 
 def _call(layout: Layout, call: Call) -> int:
@@ -194,8 +199,7 @@ def _walk_node(
         return None
     if not node.kwargs:
         return _walk(called, value, layout)
-    layout.watch_module(called, hooks=True)
-    if type(called) is not PackedConv or called.training or "forward" in called.__dict__:
+    if not _runs_as_written(called, layout, hooks=True) or type(called) is not PackedConv:
         return None
     given: dict[str, Any] = dict(node.kwargs)
     residual = given.pop("residual", None)
@@ -209,7 +213,7 @@ def _walk_node(
 def _attributes(module: fx.GraphModule, given: dict[str, Any]) -> Iterator[tuple[str, Attribute]]:
     """Where the tensors that a graph passes to a layer are kept."""
     for name, node in given.items():
-        if name not in _TAIL_TENSORS or not isinstance(node, fx.Node) or node.op != "get_attr":
+        if name not in TAIL_TENSORS or not isinstance(node, fx.Node) or node.op != "get_attr":
             continue
         path, _, attribute = str(node.target).rpartition(".")
         owner = module.get_submodule(path)

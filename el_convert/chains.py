@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from el_convert.chain_structure import Layout, lay_out, one_of
+from el_convert.chain_structure import Layout, lay_out, same_objects
 from el_convert.convert import exchange
 from el_convert.fast_path import plain_map
 from el_convert.kernels import engine
@@ -110,7 +110,7 @@ class _Parts:
 
     def of(self, modules: Sequence[nn.Module], *, entered: bool = False) -> tuple[_Part, ...]:
         known = self._known
-        if not one_of([module for part in known for module in part.modules], modules):
+        if not same_objects([module for part in known for module in part.modules], modules):
             self._known = known = tuple(_cut(tuple(modules), entered))
         return known
 

@@ -25,7 +25,7 @@ from el_convert.tracing import has_forward_hooks, same_attributes, structure_cop
 
 _LEAVES = (PackedConv, fx.GraphModule)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_TAIL_TENSORS = ("slope", "shift_in", "shift_out")
+TAIL_TENSORS = ("slope", "shift_in", "shift_out")
 _SUMS = {operator.add, operator.iadd, torch.add}
 _IN_PLACE_SUMS = {operator.iadd, "add_"}
 _IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "setitem"}
@@ -232,7 +232,7 @@ class _Fuser:
         self._fused = True
         # The sum may be of something that is computed after the convolution.
         user.prepend(node)
-        for name in _TAIL_TENSORS:
+        for name in TAIL_TENSORS:
             if isinstance(node.kwargs.get(name), fx.Node):
                 node.prepend(node.kwargs[name])  # type: ignore[arg-type]
         node.kwargs = {**node.kwargs, "residual": other}
@@ -268,7 +268,7 @@ class _Fuser:
             slope = tail.slope
             if slope is not None and slope.numel() not in (1, conv.out_channels):
                 return False
-            names = [n for n in _TAIL_TENSORS if getattr(tail, n) is not None]
+            names = [n for n in TAIL_TENSORS if getattr(tail, n) is not None]
             self._pass_tensors(node, user, names)
             conv.tail = replace(conv.tail, activation=tail.activation, low=tail.low, high=tail.high)
         self._fused = True
