@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from el_convert.agreement import (
-    difference,
+    agreeing,
+    differences,
     output_names,
     outputs_of,
     random_images,
-    refuse_difference,
+    refuse_disagreement,
 )
 from el_convert.atomic import replace_file
 from el_convert.errors import ExportError, first_line
@@ -32,7 +33,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "torch": (),
     "openvino": ("onnx", "onnxscript", "openvino"),
 }
-_BATCHES = (1, 3)  # what a file is tried on: the batch size is free
+_BATCHES = (1, 4)  # what a file is tried on: the batch size is free
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class Exported:
         bytes: its size, for OpenVINO with that of the .bin.
         opset: version of ONNX's operators; 0 for other formats.
         packed: how many convolutions are stored at 1 bit a weight.
-        error: the largest difference from the model, relative to its largest output.
+        error: the largest difference from the model, relative to an image's largest output.
         images: how many images that is from.
+        agreeing: how many of them differ by no more than the tolerance.
         any_batch: whether the file takes batches of any size.
         binary: for OpenVINO, the names of the layers that it was seen to run on its 1-bit kernels.
         in_float: for OpenVINO, (name, why) of the convolutions that it runs in float.
@@ -57,6 +59,7 @@ class Exported:
     packed: int
     error: float
     images: int
+    agreeing: int
     any_batch: bool = True
     binary: tuple[str, ...] = ()
     in_float: tuple[tuple[str, str], ...] = ()
@@ -98,8 +101,10 @@ def export(
         float_weights: store weights as float32, for runtimes without `BitShift`; ONNX only.
         batch: images in a run, which OpenVINO's 1-bit kernels need to know: 1 by default.
             OpenVINO's `Model.reshape` changes it later. Other files take any number.
-        tolerance: the largest difference from the model's outputs, relative to the largest of
-            them, with which a file is written.
+        tolerance: how much an image's outputs may differ from the model's, relative to the
+            largest of them. A file is written where more than half of the images agree: in a float
+            layer another order of sums can take a number near zero to its other side, and then
+            one sign, and with it one image, is another.
 
     Returns:
         What was written.
@@ -119,21 +124,26 @@ def export(
     packed = model if _packed_layers(model) else pack(model)
     random = random_images(sum(_BATCHES), input_size)
     batches = [*torch.split(random, list(_BATCHES)), *([] if images is None else [images])]
-    count = sum(map(len, batches))
     if format == "openvino":
         _refuse_sizes(images, input_size)
         done = write_openvino(
             packed, path, torch.cat(batches), batch=batch or 1, tolerance=tolerance
         )
         size = sum(file.stat().st_size for file in done.files)
-        layers = len(done.binary)
-        return Exported(path, size, 0, layers, done.error, count, False, done.binary, done.in_float)
+        layers, found = len(done.binary), _found(done.errors, tolerance)
+        return Exported(path, size, 0, layers, *found, False, done.binary, done.in_float)
     if format == "torch":
-        error, any_batch = _write_program(packed, path, batches, tolerance)
+        errors, any_batch = _write_program(packed, path, batches, tolerance)
     else:
-        error, any_batch = _write_onnx(packed, path, batches, float_weights, tolerance), True
+        errors, any_batch = _write_onnx(packed, path, batches, float_weights, tolerance), True
     opset, size = OPSET if format == "onnx" else 0, path.stat().st_size
-    return Exported(path, size, opset, _packed_layers(packed), error, count, any_batch)
+    found = _found(errors, tolerance)
+    return Exported(path, size, opset, _packed_layers(packed), *found, any_batch)
+
+
+def _found(errors: Sequence[float], tolerance: float) -> tuple[float, int, int]:
+    """The largest difference, of how many images, and how many agree."""
+    return max(errors), len(errors), agreeing(errors, tolerance)
 
 
 def _refuse_arguments(format: str, path: Path, float_weights: bool, batch: int | None) -> None:
@@ -169,8 +179,8 @@ def _write_onnx(
     batches: Sequence[Tensor],
     float_weights: bool,
     tolerance: float,
-) -> float:
-    """Write it if it agrees, and return by how much it differs."""
+) -> list[float]:
+    """Write it if it agrees, and return by how much each image differs."""
     expected = [outputs_of(packed, batch) for batch in batches]
     names = output_names(expected[0])
     sample = batches[len(_BATCHES) - 1]
@@ -182,15 +192,15 @@ def _write_onnx(
 
 def _write_program(
     packed: nn.Module, path: Path, batches: Sequence[Tensor], tolerance: float
-) -> tuple[float, bool]:
+) -> tuple[list[float], bool]:
     """The same for `torch.export`; also whether it takes any batch size."""
     outputs_of(packed, batches[0])  # a forward that does not run is told as such
     program, any_batch = torch_program(packed, batches[len(_BATCHES) - 1])
     if not any_batch:
         batches = [image for batch in batches for image in torch.split(batch, 1)]
     checks = [(batch, outputs_of(packed, batch)) for batch in batches]
-    error = _write_checked(path, partial(save_program, program), open_program, checks, tolerance)
-    return error, any_batch
+    errors = _write_checked(path, partial(save_program, program), open_program, checks, tolerance)
+    return errors, any_batch
 
 
 def _write_checked(
@@ -199,18 +209,19 @@ def _write_checked(
     opened: Callable[[Path], Callable[[Tensor], list[Tensor]]],
     checks: Iterable[tuple[Tensor, list[Tensor]]],
     tolerance: float,
-) -> float:
+) -> list[float]:
     errors: list[float] = []
 
     def write(temporary: Path) -> None:
         save(temporary)
         run = opened(temporary)
-        errors.extend(difference(run(batch), wanted) for batch, wanted in checks)
+        for batch, wanted in checks:
+            errors.extend(differences(run(batch), wanted))
         runtime = "ONNX Runtime" if opened is _checked else "the program"
-        refuse_difference(runtime, max(errors), tolerance)
+        refuse_disagreement(runtime, errors, tolerance)
 
     replace_file(path, write)
-    return max(errors)
+    return errors
 
 
 def _packed_layers(model: nn.Module) -> int:

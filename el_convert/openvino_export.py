@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from el_convert.agreement import difference, output_names, outputs_of, refuse_difference
+from el_convert.agreement import differences, output_names, outputs_of, refuse_disagreement
 from el_convert.atomic import replace_files
 from el_convert.convert import conversion_of
 from el_convert.errors import ExportError, first_few
@@ -28,13 +28,13 @@ class Written:
         files: .xml and .bin.
         binary: names of the layers that run on 1-bit kernels.
         in_float: (name, why) of the convolutions that do not.
-        error: the largest difference from the model, relative to its largest output.
+        errors: for each image its largest difference from the model, as of `differences`.
     """
 
     files: tuple[Path, ...]
     binary: tuple[str, ...]
     in_float: tuple[tuple[str, str], ...]
-    error: float
+    errors: tuple[float, ...]
 
 
 def write_openvino(
@@ -71,13 +71,14 @@ def write_openvino(
         _save(translated, file)
         results, ran = run_apart(file, [chunk.numpy() for chunk in chunks], folder)
         _refuse_float(calls, ran)
-        given = [[torch.from_numpy(array) for array in result] for result in results]
-        errors.extend(map(difference, given, expected))
-        refuse_difference("OpenVINO", max(errors), tolerance)
+        for arrays, wanted in zip(results, expected, strict=True):
+            errors.extend(differences([torch.from_numpy(array) for array in arrays], wanted))
+        del errors[len(images) :]  # those that fill up the last run
+        refuse_disagreement("OpenVINO", errors, tolerance)
 
     files = (path, path.with_suffix(".bin"))
     replace_files(files, write)
-    return Written(files, binary, in_float, max(errors))
+    return Written(files, binary, in_float, tuple(errors))
 
 
 def _refuse_float(wanted: Collection[str], ran: set[str]) -> None:

@@ -67,6 +67,16 @@ ROWS = {
     "elastic-link, float shortcuts, gamma 1": Row(
         "elastic-link", (*FLOAT_SHORTCUTS, ("link.gamma_init", "1"))
     ),
+    "elastic-link, float shortcuts, gamma 6": Row(
+        "elastic-link", (*FLOAT_SHORTCUTS, ("link.gamma_init", "6"))
+    ),
+    "elastic-link, float shortcuts, after the norm": Row(
+        "elastic-link",
+        (*FLOAT_SHORTCUTS, ("link.place", "after-norm"), ("link.gamma_init", "1")),
+    ),
+    "elastic-link, float shortcuts, RPReLU": Row(
+        "elastic-link", (*FLOAT_SHORTCUTS, ("activation.replacement", "rprelu"))
+    ),
     "reactnet": Row("reactnet", seeds=3),
     "elastic-reactnet": Row("elastic-reactnet", seeds=3),
     "float": Row("identity"),
@@ -78,7 +88,6 @@ ABLATIONS = {
     for field, values in {
         "link.gamma_init": ("0", "0.25", "0.5", "1", "2", "5"),
         "link.gamma": ("scalar", "fixed"),
-        "link.place": ("after-norm",),
         "link.squeeze": ("sum", "slice"),
         "link.expand": ("tile", "zero"),
         "link.downsample": ("max", "slice"),
@@ -87,6 +96,11 @@ ABLATIONS = {
         "input.scale": ("xnor",),
     }.items()
     for value in values
+} | {
+    # No norm follows the sum then: with gamma at 3 the maps grow without bounds.
+    "place=after-norm, gamma_init=1": Row(
+        "elastic-link", (("link.place", "after-norm"), ("link.gamma_init", "1"))
+    ),
 }
 WITH_SHORTCUTS = ("resnet26",)
 

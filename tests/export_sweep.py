@@ -55,10 +55,10 @@ class Row:
         outcome: "agrees", "refused" (with a reason, by `export`), "error" (another exception),
             "crash" or "timeout".
         packed: how many convolutions the file holds at 1 bit a weight.
-        error: the largest difference of ONNX Runtime, relative to the largest output.
+        error: the largest difference of ONNX Runtime, relative to an image's largest output.
         megabytes: size of the file.
         seconds: of the export, differs from run to run.
-        reason: why there is no file.
+        reason: why there is no file, or on how many images a written one does not agree.
     """
 
     library: str
@@ -107,9 +107,10 @@ def attempt(trial: Trial) -> Row:
     except Exception as error:  # recorded, and to be mended
         return replace(row, outcome="error", reason=first_line(error))
     took = time.perf_counter() - start
-    return replace(
-        row, packed=done.packed, error=done.error, megabytes=done.bytes / 1e6, seconds=took
-    )
+    apart = done.images - done.agreeing
+    reason = f"{apart} of {done.images} images differ" if apart else ""
+    figures = {"packed": done.packed, "error": done.error, "megabytes": done.bytes / 1e6}
+    return replace(row, **figures, seconds=took, reason=reason)
 
 
 def _told_apart(model: nn.Module) -> nn.Module:
