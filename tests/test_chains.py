@@ -142,6 +142,33 @@ def test_images_are_taken_together_or_one_by_one(
     assert torch.equal(given, expected)
 
 
+# Maps of several strips each, which threads share, and help each other with.
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", ["resnet26", "mobilenetv1_100"])
+def test_strips(name: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    model = small(name=name)
+    for size in ((200, 168), (176, 310)):
+        given, expected = both(model, torch.randn(1, 3, *size))
+        assert torch.equal(given, expected)
+
+
+def test_pointwise_layers_join_the_layer_before() -> None:
+    """Of a bottleneck the 3x3 convolution, the 1x1 after it and the next block's first."""
+    groups: list[list[int]] = []
+    plan = el_convert.kernels.chain.place_maps
+
+    def watch(*args: Any) -> Any:
+        groups.append(args[3])
+        return plan(*args)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(el_convert.kernels.chain, "place_maps", watch)
+        small(name="resnet26")(torch.randn(1, 3, 64, 64))
+    # Each stage: 1x1, 3x3, the shortcut, 1x1 and the next 1x1, then 3x3 and 1x1.
+    assert groups == [[0, 1, 2, 3, 3, 4, 4]] * 4
+
+
 def test_several_threads_of_torch(counts: Counts) -> None:
     model, x = small(), torch.randn(2, 3, 96, 96)
     one, _ = both(model, x)

@@ -41,6 +41,41 @@ def test_what_is_read_is_what_was_written(steps: list[Step]) -> None:
     assert len(memory) == total
 
 
+@given(chains(), st.data())
+def test_groups_take_turns_strip_by_strip(steps: list[Step], data: st.DataObject) -> None:
+    """Steps of a group give half a map each before any gives the second half."""
+    floats = [2 * size for _, _, size in steps]
+    reads = [[read, *([] if residual is None else [residual])] for read, residual, _ in steps]
+    groups: list[int] = []
+    for number, (read, _, _) in enumerate(steps):
+        follows = number > 0 and read == number and data.draw(st.booleans())
+        groups.append((groups[-1] if groups else -1) + (not follows))
+    residuals = [residual for _, residual, _ in steps]
+    offsets, total = place_maps(floats[:-1], reads, residuals, groups)
+    memory: list[object] = [None] * total
+    contents = [["input"], *([(number, i) for i in range(n)] for number, n in enumerate(floats))]
+
+    def check(map: int, strips: tuple[int, ...]) -> None:
+        size = floats[map - 1] // 2
+        for begin in (strip * size for strip in strips):
+            at = offsets[map - 1] + begin
+            assert memory[at : at + size] == contents[map][begin : begin + size]
+
+    for group in range(groups[-1] + 1):
+        members = [number for number, own in enumerate(groups) if own == group]
+        for strip in (0, 1):
+            for number in members:
+                head = number == members[0]
+                for map in filter(None, reads[number]):
+                    whole = head and map == reads[number][0]
+                    check(map, (0, 1) if whole else (strip,))
+                if number < len(offsets):
+                    size = floats[number] // 2
+                    at = offsets[number] + strip * size
+                    begin = strip * size
+                    memory[at : at + size] = contents[number + 1][begin : begin + size]
+
+
 @given(chains())
 def test_no_more_than_all_maps_is_needed(steps: list[Step]) -> None:
     floats = [size for _, _, size in steps][:-1]

@@ -13,7 +13,7 @@ from el_convert.kernels.buffers import shared_pool
 from el_convert.kernels.memory_plan import place_maps
 from el_convert.kernels.native import Engine, Epilogue, NativeConv
 
-_NONE, _INPUT, _SCRATCH, _OUTPUT = range(4)
+_NONE, _INPUT, _SCRATCH, _OUTPUT, _STRIP = range(5)
 _CACHE_FLOATS = 1 << 17  # of maps between layers: about half of a second-level cache
 
 
@@ -27,6 +27,7 @@ class _Step(Structure):
         ("epilogue", c_void_p),
         *[(name, _Place) for name in ("input", "link", "residual", "output")],
         *[(name, c_int64) for name in ("height", "width", "out_height", "out_width")],
+        *[(name, c_int32) for name in ("follows", "reserved")],
     ]
 
 
@@ -63,6 +64,21 @@ class ChainStep:
         geometry = self.convolution.geometry
         return geometry.out_channels, *geometry.output_size(self.size)
 
+    @property
+    def reads(self) -> list[int]:
+        return [self.input, *([] if self.residual is None else [self.residual])]
+
+    def follows(self, number: int) -> bool:
+        """Whether it needs no more of map `number`, its input, than the pixel that it gives."""
+        g = self.convolution.geometry
+        depthwise = g.in_channels == g.groups == g.out_channels
+        return (
+            number > 0
+            and self.input == number
+            and not depthwise
+            and (g.kernel, g.stride, g.padding) == ((1, 1), (1, 1), (0, 0, 0, 0))
+        )
+
 
 class NativeChain:
     """Steps with their places in memory laid out. The last one gives the output.
@@ -84,15 +100,19 @@ class NativeChain:
         self._kept_alive = tuple(steps)
         shapes = [step.output_shape for step in steps]
         floats = [channels * height * width for channels, height, width in shapes]
-        reads = [
-            [step.input, *([] if step.residual is None else [step.residual])] for step in steps
-        ]
-        residuals = [step.residual for step in steps]
-        offsets, self._scratch = place_maps(floats[:-1], reads, residuals)
+        groups = group_steps(steps)
+        reads = [step.reads for step in steps]
+        inner = [size * _is_whole(n, reads, groups) for n, size in enumerate(floats[:-1])]
+        offsets, self._scratch = place_maps(inner, reads, [s.residual for s in steps], groups)
         self._output, self._output_floats = shapes[-1], floats[-1]
+        places = [_Place(_INPUT)]
+        for number, (size, offset) in enumerate(zip(inner, offsets, strict=True)):
+            places.append(_Place(_SCRATCH, 0, offset) if size else _Place(_STRIP, 0, number))
+        places.append(_Place(_OUTPUT))
         self._steps = (_Step * len(steps))()
         for number, step in enumerate(steps):
-            self._steps[number] = _step(step, number, offsets)
+            follows = number > 0 and groups[number] == groups[number - 1]
+            self._steps[number] = _step(step, number, places, follows)
         self._address = addressof(self._steps)
         self._maps = shared_pool()
 
@@ -122,24 +142,34 @@ class NativeChain:
         return output
 
 
-def _step(step: ChainStep, number: int, offsets: Sequence[int]) -> _Step:
-    def place(map: int | None) -> _Place:
-        if map is None:
-            return _Place(_NONE)
-        if map == 0:
-            return _Place(_INPUT)
-        return _Place(_OUTPUT) if map > len(offsets) else _Place(_SCRATCH, 0, offsets[map - 1])
+def group_steps(steps: Sequence[ChainStep]) -> list[int]:
+    """A number for each step: of one group are those that can be done strip by strip."""
+    groups: list[int] = []
+    for number, step in enumerate(steps):
+        new = not step.follows(number)
+        groups.append((groups[-1] if groups else -1) + new)
+    return groups
 
+
+def _is_whole(step: int, reads: Sequence[Sequence[int]], groups: Sequence[int]) -> bool:
+    """Whether what a step gives is read beyond its group, or by nobody."""
+    readers = {groups[i] for i, maps in enumerate(reads) if step + 1 in maps}
+    return readers != {groups[step]}
+
+
+def _step(step: ChainStep, number: int, places: Sequence[_Place], follows: bool) -> _Step:
     links = step.epilogue.link != "none"
     _, out_height, out_width = step.output_shape
+    nowhere = _Place(_NONE)
     return _Step(
         step.convolution.handle,
         step.epilogue.address,
-        place(step.input),
-        place(step.input if links else None),
-        place(step.residual),
-        place(number + 1),
+        places[step.input],
+        places[step.input] if links else nowhere,
+        nowhere if step.residual is None else places[step.residual],
+        places[number + 1],
         *step.size,
         out_height,
         out_width,
+        follows,
     )

@@ -30,7 +30,7 @@ from torch import Tensor
 from el_convert.kernels.buffers import MapPool, shared_pool
 from el_convert.kernels.geometry import ConvGeometry
 
-ABI = 6
+ABI = 7
 LINK_KINDS = ("none", "identity", "expand", "mean", "sum")
 ACTIVATION_KINDS = ("none", "clamp", "prelu")
 INSTRUCTION_SET_VARIABLE = "EL_CONVERT_ISA"
@@ -141,8 +141,8 @@ class Engine:
         library.el_pass_run.argtypes = [c_void_p, c_char_p]
         library.el_peak.restype = c_double
         library.el_peak.argtypes = [c_char_p, ctypes.c_int]
-        library.el_set_parallel.argtypes = [c_void_p]
-        library.el_set_parallel(_torch_thread_pool())
+        library.el_set_parallel.argtypes = [c_void_p, c_void_p]
+        library.el_set_parallel(*_torch_thread_pool())
         self.isas = self._instruction_sets()
         if isa is not None and isa not in self.isas:
             raise OSError(f"{isa!r} is none of this machine's instruction sets {self.isas}")
@@ -331,13 +331,15 @@ class NativeConv:
         return output
 
 
-def _torch_thread_pool() -> int | None:
-    """The address of GOMP_parallel in the OpenMP runtime that torch runs on; None without one."""
+def _torch_thread_pool() -> list[int | None]:
+    """What `el_set_parallel` takes, of the OpenMP runtime that torch runs on; None without one."""
+    names = ("GOMP_parallel", "omp_get_thread_num")
     try:
-        function = ctypes.CDLL(None).GOMP_parallel
+        loaded = ctypes.CDLL(None)
+        functions = [getattr(loaded, name) for name in names]
     except (AttributeError, OSError, TypeError):  # another runtime, or a system without dlopen(0)
-        return None
-    return ctypes.cast(function, c_void_p).value
+        return [None, None]
+    return [ctypes.cast(function, c_void_p).value for function in functions]
 
 
 def _library_path() -> Path | None:

@@ -702,7 +702,7 @@ void check_case(const Job &job, const std::vector<int32_t> &sums,
     if (!convolution != c.refused())
         return tally->report(c, convolution ? "el_create takes it" : "el_create refuses it");
     if (!convolution) return;
-    el_set_parallel(c.pool ? reinterpret_cast<void *>(run_in_pool) : nullptr);
+    el_set_parallel(c.pool ? reinterpret_cast<void *>(run_in_pool) : nullptr, nullptr);
     pool_calls = 0;
     check_sums(job, convolution, sums, tally);
     if (pool_calls && (pool_most < 2 || pool_most > static_cast<unsigned>(c.threads)))

@@ -20,13 +20,15 @@ const long kDefaultCases = 600;
 struct Layer {
     void *convolution;
     int channels, input, residual;  // maps: 0 is the input, n + 1 what layer n gives; -1 for none
+    bool follows;                   // of one group with the layer before
     std::vector<float> gamma;
     el_epilogue epilogue;
 };
 
 struct Chain {
     Chain(long number, const char *isa) : random(static_cast<uint64_t>(number)) {
-        height = random.between(1, 9), width = random.between(1, 9);
+        const int most = random.chance(20) ? 60 : 9;  // several strips, or one
+        height = random.between(1, most), width = random.between(1, most);
         batch = random.between(0, 5), images = random.between(1, 3);
         threads = random.between(1, 2), slots = random.between(1, 3);
         sizes.push_back(random.between(1, 70));
@@ -44,6 +46,9 @@ struct Chain {
         const int from = sizes[static_cast<size_t>(layer.input)];
         const bool depthwise = random.chance(25), wide = random.chance(60);
         layer.channels = depthwise || random.chance(40) ? from : random.between(1, 70);
+        // One channel to one is depthwise, too.
+        const bool pointwise = !wide && !depthwise && (from > 1 || layer.channels > 1);
+        layer.follows = index && layer.input == index && pointwise && random.chance(80);
         el_geometry shape = {from, layer.channels, depthwise ? from : 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0};
         if (wide || depthwise) {
             shape.kernel_h = shape.kernel_w = 3;
@@ -95,12 +100,33 @@ bool one_by_one(const Chain &chain, std::vector<std::vector<float>> *maps) {
     return true;
 }
 
-// Whether nothing from layer `after` on reads a map, so that it may be written over.
-bool is_last_use(const Chain &chain, int map, size_t after) {
-    if (chain.layers[after].input == map) return false;
-    for (size_t i = after + 1; i < chain.layers.size(); i++)
-        if (chain.layers[i].input == map || chain.layers[i].residual == map) return false;
-    return true;
+// The number of each layer's group.
+std::vector<int> groups_of(const Chain &chain) {
+    std::vector<int> groups;
+    for (const Layer &layer : chain.layers)
+        groups.push_back(groups.empty() ? 0 : groups.back() + !layer.follows);
+    return groups;
+}
+
+// Whether layer `at` may write over its residual: nobody else of its group, or later, reads that.
+bool may_write_over(const Chain &chain, size_t at) {
+    const std::vector<int> groups = groups_of(chain);
+    const int map = chain.layers[at].residual;
+    int reads = 0;
+    for (size_t i = 0; i < chain.layers.size(); i++)
+        if (groups[i] >= groups[at])
+            reads += (chain.layers[i].input == map) + (chain.layers[i].residual == map);
+    return reads == 1;
+}
+
+// Whether only the group that gives map `map` reads it.
+bool within_group(const Chain &chain, int map) {
+    const std::vector<int> groups = groups_of(chain);
+    int inside = 0, outside = 0;
+    for (size_t i = 0; i < chain.layers.size(); i++)
+        if (chain.layers[i].input == map || chain.layers[i].residual == map)
+            (groups[i] == groups[static_cast<size_t>(map - 1)] ? inside : outside)++;
+    return inside && !outside;
 }
 
 bool check(long number, const char *isa) {
@@ -116,10 +142,15 @@ bool check(long number, const char *isa) {
     for (size_t i = 0; i < count; i++) {
         const Layer &layer = chain.layers[i];
         el_place out = {EL_AT_OUTPUT, 0, 0};
-        if (i + 1 < count) {
+        if (i + 1 < count && within_group(chain, static_cast<int>(i + 1))) {
+            out.base = EL_AT_STRIP;
+            out.offset = static_cast<int64_t>(i);
+        } else if (i + 1 < count) {
             out.base = EL_AT_SCRATCH;
-            if (layer.residual > 0 && is_last_use(chain, layer.residual, i)) {
-                out.offset = places[static_cast<size_t>(layer.residual)].offset;
+            const int over = layer.residual;
+            if (over > 0 && places[static_cast<size_t>(over)].base == EL_AT_SCRATCH &&
+                may_write_over(chain, i)) {
+                out.offset = places[static_cast<size_t>(over)].offset;
             } else {
                 out.offset = scratch_floats;
                 scratch_floats += chain.floats(i + 1);
@@ -135,6 +166,7 @@ bool check(long number, const char *isa) {
         step.output = out;
         step.height = step.out_height = chain.height;
         step.width = step.out_width = chain.width;
+        step.follows = layer.follows;
         steps.push_back(step);
     }
     const size_t size = sizeof(float);
@@ -173,7 +205,7 @@ void in_threads(void (*work)(void *), void *data, unsigned count, unsigned) {
 int main(int count, char **given) {
     const long cases = count > 1 ? atol(given[1]) : kDefaultCases;
     long wrong = 0;
-    el_set_parallel(reinterpret_cast<void *>(in_threads));
+    el_set_parallel(reinterpret_cast<void *>(in_threads), nullptr);
     for (int i = 0; const char *isa = el_isa_name(i); i++) {
         long of_isa = 0;
         for (long number = 0; number < cases; number++) of_isa += !check(number, isa);

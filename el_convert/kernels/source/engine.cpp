@@ -2,6 +2,7 @@
 #include "engine.h"
 
 #include "memory.h"
+#include "strips.h"
 #include "system.h"
 
 namespace el {
@@ -17,7 +18,6 @@ int ones(int nibble) {
 const Isa *const kIsas[] = {&kAvx512Vpopcntdq, &kAvx512, &kAvx2, &kNeon, &kPortable};
 const int kIsaCount = 5;
 const int kNarrow = 32;  // output channels that fill half of the widest vector
-const int64_t kStripBytes = 128 * 1024;  // of scratch: well inside a second-level cache
 
 // The best for a convolution's outputs, where none is asked for by name.
 const Isa *choose_isa(const char *name, int outputs, bool depthwise) {
@@ -139,71 +139,26 @@ bool allocate(Convolution *conv) {
     return conv->weight && conv->plus && conv->chunks;
 }
 
-// The strips of a call, the same number of rows (or pixels) in each but the last.
-struct Strips {
-    int64_t images, rows, width, step, per_image;
-
-    Strips(const Convolution &conv, const el_call &call) {
-        const int64_t threads = max64(1, call.threads);
-        const el_geometry &g = conv.shape;
-        const int pixels = conv.isa->counting.pixels;
-        int64_t bytes;
-        if (conv.pointwise) {
-            images = 1;
-            rows = call.batch * call.out_height * call.out_width;
-            width = 0;
-            bytes = 2 * conv.padded_out + conv.units / pixels + conv.pixel_bytes;
-        } else {
-            images = call.batch;
-            rows = call.out_height;
-            width = call.out_width;
-            const int64_t pixel = conv.depthwise ? conv.padded_out : conv.units;
-            bytes = whole(width, pixels) * (2 * conv.padded_out + g.stride_h * g.stride_w * pixel);
-        }
-        step = max64(conv.pointwise ? kRunPixels : 1, kStripBytes / max64(bytes, 1));
-        const int64_t share = (images * rows + threads - 1) / threads;
-        step = min64(step, max64(share, 1));
-        const int64_t strips = max64(1, (rows + step - 1) / step);
-        step = max64(1, (rows + strips - 1) / strips);
-        if (conv.pointwise) step = whole(step, pixels);
-        per_image = (rows + step - 1) / step;
-    }
-
-    int64_t count() const { return images * per_image; }
-
-    Strip at(int64_t index, bool pointwise) const {
-        Strip strip = {index / per_image, 0, 1, 0, width};
-        const int64_t begin = index % per_image * step, end = min64(begin + step, rows);
-        if (pointwise) strip.begin = begin, strip.end = end;
-        else strip.row_begin = begin, strip.row_end = end;
-        return strip;
-    }
-};
-
 struct Shared {
     Work work;
     const Strips *strips;
-    int64_t next;
+    Team team;
+    int64_t taken[kMostParts];
     int failed;
 };
 
 void work_through(void *data) {
     Shared *shared = static_cast<Shared *>(data);
     const Convolution &conv = *shared->work.conv;
-    // The first strip is the largest.
-    const Strip first = shared->strips->at(0, conv.pointwise);
-    const size_t bytes = scratch_layout(conv, first).total;
-    uint8_t *scratch = own_memory.at_least(bytes);
+    uint8_t *scratch = own_memory.at_least(scratch_layout(conv, shared->strips->largest()).total);
     if (!scratch) {
         __atomic_store_n(&shared->failed, 1, __ATOMIC_RELAXED);
         return;
     }
-    const int64_t count = shared->strips->count();
-    for (;;) {
-        const int64_t index = __atomic_fetch_add(&shared->next, 1, __ATOMIC_RELAXED);
-        if (index >= count) break;
-        conv.isa->strip(shared->work, shared->strips->at(index, conv.pointwise), scratch);
-    }
+    Team &team = shared->team;
+    Share share(shared->taken, team.parts, team.join(), shared->strips->count());
+    for (int64_t index; (index = share.take()) >= 0;)
+        conv.isa->strip(shared->work, shared->strips->at(index), scratch);
     own_memory.give_back();
 }
 
@@ -211,7 +166,9 @@ struct SharedPool {
     const el_epilogue *epilogue;
     const el_pool *pool;
     const Isa *isa;
-    int64_t step, next;
+    int64_t step;
+    Team team;
+    int64_t taken[kMostParts];
     int failed;
 };
 
@@ -225,9 +182,9 @@ void pool_through(void *data) {
         return;
     }
     const int64_t per_image = (pool.out_height + shared->step - 1) / shared->step;
-    for (;;) {
-        const int64_t index = __atomic_fetch_add(&shared->next, 1, __ATOMIC_RELAXED);
-        if (index >= per_image * pool.batch) break;
+    Team &team = shared->team;
+    Share share(shared->taken, team.parts, team.join(), per_image * pool.batch);
+    for (int64_t index; (index = share.take()) >= 0;) {
         const int64_t begin = index % per_image * shared->step;
         const int64_t end = min64(begin + shared->step, pool.out_height);
         shared->isa->pool(*shared->epilogue, pool, index / per_image, begin, end, rows);
@@ -238,6 +195,7 @@ void pool_through(void *data) {
 }  // namespace
 
 Parallel parallel = nullptr;
+ThreadNumber thread_number = nullptr;
 
 const Isa *find_isa(const char *name) {
     for (int i = 0; i < kIsaCount; i++)
@@ -304,8 +262,9 @@ const char *el_isa_name(int index) {
     return nullptr;
 }
 
-void el_set_parallel(void *gomp_parallel) {
+void el_set_parallel(void *gomp_parallel, void *omp_get_thread_num) {
     parallel = reinterpret_cast<Parallel>(gomp_parallel);
+    thread_number = reinterpret_cast<ThreadNumber>(omp_get_thread_num);
 }
 
 void *el_create(const el_geometry *geometry, const uint8_t *weight, const char *isa) {
@@ -349,9 +308,9 @@ void el_destroy(void *convolution) {
 int el_run(const void *convolution, const el_epilogue *epilogue, const el_call *call) {
     const Convolution *conv = static_cast<const Convolution *>(convolution);
     if (!call->batch || !call->out_height || !call->out_width) return 0;
-    const Strips strips(*conv, *call);
-    Shared shared = {{conv, epilogue, call}, &strips, 0, 0};
+    const Strips strips(*conv, call->batch, call->out_height, call->out_width, call->threads);
     const unsigned threads = static_cast<unsigned>(max64(1, min64(call->threads, strips.count())));
+    Shared shared = {{conv, epilogue, call}, &strips, Team(threads), {0}, 0};
     if (threads > 1 && parallel) parallel(work_through, &shared, threads, 0);
     else work_through(&shared);
     return shared.failed ? -1 : 0;
@@ -362,7 +321,8 @@ int el_pool_run(const el_epilogue *epilogue, const el_pool *pool, const char *is
     if (!found) return -1;
     const int64_t threads = max64(1, min64(pool->threads, pool->batch * pool->out_height));
     const int64_t step = max64(1, (pool->batch * pool->out_height + threads - 1) / threads);
-    SharedPool shared = {epilogue, pool, found, min64(step, max64(pool->out_height, 1)), 0, 0};
+    SharedPool shared = {epilogue, pool, found, min64(step, max64(pool->out_height, 1)),
+                         Team(threads), {0}, 0};
     if (threads > 1 && parallel)
         parallel(pool_through, &shared, static_cast<unsigned>(threads), 0);
     else

@@ -10,7 +10,7 @@
 #define EL_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define EL_ABI 6
+#define EL_ABI 7
 
 #ifdef __cplusplus
 extern "C" {
@@ -58,19 +58,27 @@ typedef struct {
 
 // Convolutions that follow each other, run for `images` images at a time: the maps between them then
 // stay in the caches.
-enum el_base { EL_AT_NONE, EL_AT_INPUT, EL_AT_SCRATCH, EL_AT_OUTPUT };
+enum el_base { EL_AT_NONE, EL_AT_INPUT, EL_AT_SCRATCH, EL_AT_OUTPUT, EL_AT_STRIP };
 
 typedef struct {
     int32_t base, reserved;
-    int64_t offset;  // in scratch memory for one image, in floats
+    // In scratch memory for one image, in floats. For EL_AT_STRIP the number of the step that gives
+    // the map: it and all that read it are of one group, and the map is never whole.
+    int64_t offset;
 } el_place;
 
 // See el_call. A residual may lie where the output goes.
+//
+// A step that `follows` is of one group with the step before it: as soon as that has given some rows
+// or pixels, this one is done for them. Such steps are pointwise with stride 1, without padding,
+// not depthwise, and read no map of their group at other pixels. Within a group nothing is written
+// over that its steps read, but for a residual that only the writing step reads.
 typedef struct {
     const void *convolution;
     const el_epilogue *epilogue;
     el_place input, link, residual, output;
     int64_t height, width, out_height, out_width;
+    int32_t follows, reserved;
 } el_step;
 
 typedef struct {
@@ -81,7 +89,7 @@ typedef struct {
     int64_t count, batch, images;         // images: at least 1
     int64_t input_floats, output_floats;  // of an image
     int64_t slot_floats;
-    // Threads share the work of each step; with more than one slot, so many share the images.
+    // Threads share the strips of each group; with more than one slot, so many share the images.
     int32_t threads, slots;
 } el_chain;
 
@@ -151,8 +159,9 @@ EL_EXPORT int el_pass_run(const el_pass *pass, const char *isa);
 // second, the best of `rounds` timed ones.
 EL_EXPORT double el_peak(const char *isa, int rounds);
 
-// torch's own thread pool: the address of GOMP_parallel in the OpenMP runtime torch has loaded.
-EL_EXPORT void el_set_parallel(void *gomp_parallel);
+// torch's own thread pool: the addresses of GOMP_parallel and omp_get_thread_num in the OpenMP runtime
+// that torch has loaded. Without the second, threads are numbered as they come.
+EL_EXPORT void el_set_parallel(void *gomp_parallel, void *omp_get_thread_num);
 
 #ifdef __cplusplus
 }

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "engine.h"
+#include "shares.h"
 
 namespace el {
 
@@ -93,10 +94,6 @@ struct alignas(64) Tables {
 
 extern const Tables kTables;
 extern const Isa kAvx512Vpopcntdq, kAvx512, kAvx2, kNeon, kPortable;
-
-// Runs a function on so many threads of torch's; null where torch's pool is not known.
-typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
-extern Parallel parallel;
 
 // By name, or the best where that is null; null where this machine has none of that name.
 const Isa *find_isa(const char *name);

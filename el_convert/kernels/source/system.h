@@ -6,6 +6,12 @@
 #include <string.h>
 #include <time.h>
 
+#if defined(_WIN32)
+#include <windows.h>
+#else
+#include <sched.h>
+#endif
+
 #include "plan.h"
 
 namespace el {
@@ -14,6 +20,14 @@ inline double seconds() {
     struct timespec now;
     timespec_get(&now, TIME_UTC);
     return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+inline void let_others_run() {
+#if defined(_WIN32)
+    SwitchToThread();
+#else
+    sched_yield();
+#endif
 }
 
 }  // namespace el
