@@ -235,7 +235,7 @@ Scratch scratch_layout(const Convolution &conv, const Strip &strip) {
         bits,
         static_cast<size_t>(at.rows * at.row_bytes),
         static_cast<size_t>(rows * width * conv.padded_out) * sizeof(uint16_t),
-        conv.padded_out * sizeof(float),
+        conv.padded_out * sizeof(float) * 3,
         conv.padded_out * sizeof(float) * kRunPixels,
         taps,
     };

@@ -31,6 +31,28 @@ static void start_sums(const Convolution &conv, int group, Span rows, Span colum
         init[m] = static_cast<float>(seen + 2 * (all[m] - (d[m] - c[m] - b[m] + a[m])));
 }
 
+// The columns of output pixels that see no padding beside them.
+static inline Span inner_columns(const Convolution &conv, const el_call &call) {
+    const el_geometry &g = conv.shape;
+    const int64_t room = call.width - 1 + g.left - static_cast<int64_t>(g.kernel_w - 1) * g.dilation_w;
+    const int64_t begin = (g.left + g.stride_w - 1) / g.stride_w;
+    const int64_t end = room < 0 ? 0 : room / g.stride_w + 1;
+    const Span span = {static_cast<int>(min64(begin, call.out_width)),
+                       static_cast<int>(min64(max64(end, 0), call.out_width))};
+    return span;
+}
+
+// What the sums of one kind of pixel start from: kept for as long as the next see the same padding.
+struct Start {
+    Span rows, columns;
+    float *init;
+    void prepare(const Convolution &conv, int group, Span of_rows, Span of_columns) {
+        if (!(rows != of_rows || columns != of_columns)) return;
+        rows = of_rows, columns = of_columns;
+        start_sums(conv, group, rows, columns, init);
+    }
+};
+
 // The epilogue over a strip's rows for one group, by runs that see the same padding.
 static void finish_rows(const Work &work, const Strip &strip, int group, const Scratch &at,
                         uint8_t *scratch, int64_t sums_width) {
@@ -52,6 +74,12 @@ static void finish_rows(const Work &work, const Strip &strip, int group, const S
         epilogue(work, run, static_cast<int>(strip.end - strip.begin), match);
         return;
     }
+    const Span inner = inner_columns(conv, call), none = {-1, -1};
+    Start starts[3];  // left of the inner columns, these, and right of them
+    for (int i = 0; i < 3; i++) {
+        const Start start = {none, none, init + i * conv.padded_out};
+        starts[i] = start;
+    }
     const int64_t row_sums = sums_width * conv.padded_out;
     for (int64_t y = strip.row_begin; y < strip.row_end; y++, sums += row_sums) {
         const Span rows = span_of(y * shape.stride_h - shape.top, shape.dilation_h, shape.kernel_h,
@@ -59,12 +87,11 @@ static void finish_rows(const Work &work, const Strip &strip, int group, const S
         for (int64_t x = strip.begin; x < strip.end;) {
             const Span columns = span_of(x * shape.stride_w - shape.left, shape.dilation_w,
                                          shape.kernel_w, call.width);
-            int64_t end = x + 1;
-            while (end < strip.end &&
-                   !(span_of(end * shape.stride_w - shape.left, shape.dilation_w, shape.kernel_w,
-                             call.width) != columns))
-                end++;
-            start_sums(conv, group, rows, columns, init);
+            const bool within = x >= inner.begin && x < inner.end;
+            const int64_t end = within ? min64(inner.end, strip.end) : x + 1;
+            Start &start = starts[x < inner.begin ? 0 : within ? 1 : 2];
+            start.prepare(conv, group, rows, columns);
+            run.init = start.init;
             run.sums = sums + (x - strip.begin) * conv.padded_out;
             run.pixel = (strip.image * call.out_height + y) * call.out_width + x;
             epilogue(work, run, static_cast<int>(end - x), match);
