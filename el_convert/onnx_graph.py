@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -93,6 +94,7 @@ def _translations(
         torch.ops.el_convert.binary_conv2d.default: convolution or binary_conv2d_in_onnx,
         torch.ops.aten.__rshift__.Tensor: _right_shift,
         torch.ops.aten.sigmoid.default: _sigmoid,
+        torch.ops.aten.gelu.default: _gelu,
         torch.ops.aten.scaled_dot_product_attention.default: _attention,
     }
 
@@ -109,6 +111,24 @@ def _sigmoid(input: Any) -> Any:
     from onnxscript import opset18
 
     return opset18.Max(opset18.Sigmoid(input), opset18.Constant(value_float=_POSITIVE))
+
+
+def _gelu(input: Any, approximate: str = "none") -> Any:
+    """Never above 0 for a negative feature: ONNX Runtime's tanh may lie a rounding below -1."""
+    from onnxscript import opset18
+    from onnxscript.function_libs.torch_lib.ops.nn import aten_gelu
+
+    if approximate != "tanh":
+        return aten_gelu(input, approximate)
+    op: Any = opset18
+
+    def number(value: float) -> Any:
+        return op.Constant(value_float=value)
+
+    cube = op.Mul(op.Mul(op.Mul(input, input), input), number(0.044715))
+    inner = op.Mul(op.Add(input, cube), number(math.sqrt(2 / math.pi)))
+    gate = op.Max(op.Add(op.Tanh(inner), number(1.0)), number(0.0))
+    return op.Mul(op.Mul(input, number(0.5)), gate)
 
 
 def _attention(

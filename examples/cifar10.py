@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -46,14 +47,17 @@ class Row:
         recipe: a built-in recipe. "identity" is the float network, bit for bit.
         options: fields set on it.
         seeds: how many trainings.
+        arguments: of timm's that the network is built with.
     """
 
     recipe: str
     options: tuple[tuple[str, str], ...] = ()
     seeds: int = 1
+    arguments: tuple[tuple[str, Any], ...] = ()
 
 
 FLOAT_SHORTCUTS = (("keep.shortcut", "true"),)
+BRANCHES_ON = (("zero_init_last", False),)
 THRESHOLDS = (("input.threshold", "learned"),)
 ROWS = {
     "plain": Row("plain", seeds=3),
@@ -76,6 +80,11 @@ ROWS = {
     ),
     "elastic-link, float shortcuts, RPReLU": Row(
         "elastic-link", (*FLOAT_SHORTCUTS, ("activation.replacement", "rprelu"))
+    ),
+    # The last norm of each residual branch starts at 1 here, as in torchvision, not at 0.
+    "plain, float shortcuts, branches on": Row("plain", FLOAT_SHORTCUTS, 3, BRANCHES_ON),
+    "elastic-link, float shortcuts, branches on": Row(
+        "elastic-link", FLOAT_SHORTCUTS, 3, BRANCHES_ON
     ),
     "reactnet": Row("reactnet", seeds=3),
     "elastic-reactnet": Row("elastic-reactnet", seeds=3),
@@ -128,7 +137,7 @@ def trials(models: Sequence[str], rows: Sequence[str]) -> Iterator[tuple[str, st
 def build(model: str, row: Row, seed: int) -> nn.Module:
     """The converted network, its weights drawn from the seed."""
     torch.manual_seed(seed)
-    network = timm.create_model(model, num_classes=10)
+    network = timm.create_model(model, num_classes=10, **dict(row.arguments))
     # As timm starts them, logits of some networks deviate by 4, and a short run goes to undo that.
     nn.init.normal_(network.get_classifier().weight, std=0.01)
     recipe = RECIPES[row.recipe].with_options(dict(row.options))

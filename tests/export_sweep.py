@@ -6,7 +6,8 @@
 
 Each model has a process of its own, with a limit of time and memory, so that a crash or a hang is
 recorded as such. A run that was stopped goes on where it was. Models are untrained; their norms
-are uneven and their gates are at 1, so that outputs are finite and a lost layer shows.
+are uneven, have seen some images, and gates are at 1, so that outputs are finite, no activation
+saturates and a lost layer shows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import astuple, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from multiprocessing.connection import Connection
@@ -31,7 +33,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from el_convert.agreement import random_images
 from el_convert.atomic import replace_file
+from el_convert.calibration import calibrate
 from el_convert.convert import binarize
 from el_convert.errors import ElConvertError, first_line
 from el_convert.exporting import export
@@ -96,6 +100,8 @@ def attempt(trial: Trial) -> Row:
     inputs = trial.inputs()[0]
     size = tuple(inputs[0].shape)
     binary = binarize(model, trial.recipe().with_options({"link.gamma_init": 1.0}), inplace=True)
+    with suppress(Exception):  # a forward that does not run is for `export` to refuse
+        calibrate(binary, [(random_images(8, size), None)])
     start = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as folder:

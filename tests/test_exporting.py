@@ -187,6 +187,25 @@ def test_other_dimensions(dims: int, tmp_path: Path) -> None:
     assert len(bits) == 2
 
 
+class Tails(Two):
+    """Signs of what an activation gives far from 0, where runtimes and torch round otherwise."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.stem(x) * 0.2 - 5
+        x = F.gelu(x, approximate=self.kind) if self.kind != "silu" else F.silu(x)
+        return self.head(self.conv(x))
+
+
+@pytest.mark.parametrize("kind", ["tanh", "none", "silu"])
+def test_tails_keep_their_signs(kind: str, tmp_path: Path) -> None:
+    done = export(trained(Tails(kind)), tmp_path / "net.onnx", input_size=SIZE)
+    assert (done.error <= 1e-5, done.agreeing) == (True, done.images)
+
+
 class Attending(Two):
     """Attention within four blocks of the image."""
 
