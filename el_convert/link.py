@@ -178,6 +178,9 @@ def _squeeze(input: Tensor, channels: int, dim: int, squeeze: str) -> Tensor:
     if have % channels == 0:
         total = sum_channels(input, dim, have // channels)
         return total * (channels / have) if squeeze == "mean" else total
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        total, sizes = _sum_bins(input, channels, dim)
+        return total / sizes if squeeze == "mean" else total
     # Adaptive pooling bins exactly as documented; channels stand in for the height of an image.
     if input.numel() == 0:  # which adaptive pooling refuses
         return input.new_zeros((*lead, channels, *trail))
@@ -188,6 +191,25 @@ def _squeeze(input: Tensor, channels: int, dim: int, squeeze: str) -> Tensor:
     if squeeze == "mean":
         return mean
     return mean * bin_sizes(have, channels).to(mean).view(-1, *[1] * len(trail))
+
+
+def _sum_bins(input: Tensor, channels: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Sums and sizes of the bins for graphs, where adaptive pooling becomes indices of each pixel."""
+    have, shape = int(input.shape[dim]), (-1, *[1] * (input.dim() - dim - 1))
+    first = [c * have // channels for c in range(channels)]
+    sizes = [-(-(c + 1) * have // channels) - first[c] for c in range(channels)]
+
+    def values(numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=input.dtype, device=input.device).view(shape)
+
+    total = torch.zeros(())
+    for place in range(max(sizes)):
+        index = [min(begin + place, have - 1) for begin in first]
+        part = input.index_select(dim, torch.tensor(index, device=input.device))
+        if place >= min(sizes):
+            part = part * values([int(size > place) for size in sizes])
+        total = total + part if place else part
+    return total, values(sizes)
 
 
 def bin_sizes(have: int, channels: int) -> Tensor:

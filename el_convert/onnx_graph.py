@@ -49,8 +49,6 @@ def onnx_program(
     Raises:
         ExportError: the model's forward cannot be exported.
     """
-    from onnxscript.optimizer import optimize_ir
-
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's exporter warns about itself
@@ -68,7 +66,7 @@ def onnx_program(
             )
             if program is None:
                 raise RuntimeError("torch.onnx.export returned nothing")
-            optimize_ir(program.model, should_fold=_folding(float_weights))
+            _simplify(program.model, _folding(float_weights))
             _drop_notes(program.model)
     except Exception as error:  # torch.export and torch.onnx raise errors of a dozen kinds
         raise ExportError(
@@ -158,6 +156,41 @@ def _attention(
     if attn_mask is not None:
         scores = op.Add(scores, attn_mask)
     return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _simplify(model: Any, should_fold: Callable[[Any], bool | None]) -> None:
+    """What onnxscript's `optimize` does, but for its patterns: most of its time, for little here.
+
+    Runtimes know those and more, and apply them when they load the file.
+    """
+    from onnx_ir.passes import common
+    from onnxscript.optimizer import fold_constants_ir
+
+    common.InlinePass()(model)
+    for _ in range(2):
+        fold_constants_ir(model, onnx_shape_inference=True, should_fold=should_fold)
+        _drop_zero_biases(model)
+        common.RemoveUnusedNodesPass()(model)
+    for step in (
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    ):
+        step(model)
+
+
+def _drop_zero_biases(model: Any) -> None:
+    """Of convolutions without one torch's exporter makes zeros, for 3d ones of a wrong shape."""
+    for node in model.graph:
+        if node.op_type in ("Conv", "ConvTranspose") and len(node.inputs) == 3:
+            value = None if node.inputs[2] is None else node.inputs[2].const_value
+            if value is not None and not value.numpy().any():
+                node.replace_input_with(2, None)
 
 
 def _drop_notes(model: Any) -> None:
