@@ -86,6 +86,8 @@ ROWS = {
     "elastic-link, float shortcuts, branches on": Row(
         "elastic-link", FLOAT_SHORTCUTS, 3, BRANCHES_ON
     ),
+    "plain, branches on": Row("plain", arguments=BRANCHES_ON),
+    "elastic-link, branches on": Row("elastic-link", arguments=BRANCHES_ON),
     "reactnet": Row("reactnet", seeds=3),
     "elastic-reactnet": Row("elastic-reactnet", seeds=3),
     "float": Row("identity"),
@@ -129,7 +131,7 @@ def trials(models: Sequence[str], rows: Sequence[str]) -> Iterator[tuple[str, st
     for seed in range(3):
         for name in rows:
             for model in models:
-                shortcuts = "float shortcuts" in name
+                shortcuts = "float shortcuts" in name or "branches on" in name
                 if seed < table[name].seeds and (not shortcuts or model in WITH_SHORTCUTS):
                     yield model, name, seed
 
