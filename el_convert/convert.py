@@ -13,6 +13,7 @@ from torch import nn
 
 from el_convert.activations import build_activation
 from el_convert.errors import ConversionError, first_few
+from el_convert.facts import is_norm
 from el_convert.nn import BinaryLayer
 from el_convert.patterns import find_pattern
 from el_convert.planning import (
@@ -136,6 +137,8 @@ def apply(model: ModelT, conversion: Conversion) -> ModelT:
             layer = build_activation(change, slope, like)
             new[id(modules[change.path])] = layer.train(modules[change.path].training)
     exchange(model, new)
+    if conversion.recipe.norm.zero_weights == "one":
+        _open_branches(model)
     root = cast(ModelT, new.get(id(model), model))  # a convolution may be the model itself
     return record(root, conversion)
 
@@ -144,6 +147,14 @@ def _start_low(layer: BinaryLayer) -> None:
     # Without a norm behind each, gates above 1 would multiply up over the layers.
     if layer.link is not None and layer.link.gamma is not None:
         layer.link.gamma.data.clamp_(max=1.0)
+
+
+@torch.no_grad()
+def _open_branches(model: nn.Module) -> None:
+    for module in model.modules():
+        weight = getattr(module, "weight", None) if is_norm(module) else None
+        if isinstance(weight, nn.Parameter) and not weight.is_meta and not weight.any():
+            weight.fill_(1.0)
 
 
 def record(model: ModelT, conversion: Conversion) -> ModelT:

@@ -194,7 +194,7 @@ def _squeeze(input: Tensor, channels: int, dim: int, squeeze: str) -> Tensor:
 
 
 def _sum_bins(input: Tensor, channels: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Sums and sizes of the bins for graphs, where adaptive pooling becomes indices of each pixel."""
+    """Sums and sizes of the bins, for graphs: there adaptive pooling would index each pixel."""
     have, shape = int(input.shape[dim]), (-1, *[1] * (input.dim() - dim - 1))
     first = [c * have // channels for c in range(channels)]
     sizes = [-(-(c + 1) * have // channels) - first[c] for c in range(channels)]

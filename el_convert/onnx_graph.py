@@ -163,9 +163,10 @@ def _simplify(model: Any, should_fold: Callable[[Any], bool | None]) -> None:
 
     Runtimes know those and more, and apply them when they load the file.
     """
-    from onnx_ir.passes import common
+    from onnx_ir.passes import common as passes
     from onnxscript.optimizer import fold_constants_ir
 
+    common: Any = passes
     common.InlinePass()(model)
     for _ in range(2):
         fold_constants_ir(model, onnx_shape_inference=True, should_fold=should_fold)

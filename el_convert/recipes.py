@@ -117,6 +117,19 @@ class KeepOptions:
 
 
 @dataclass(frozen=True)
+class NormOptions:
+    """What becomes of norms.
+
+    Attributes:
+        zero_weights: "one" starts norms at 1 whose weights are all 0, as timm's ResNets have the
+            last norm of each residual branch: else nothing of a gate within comes through until
+            they have grown. "keep" leaves them.
+    """
+
+    zero_weights: Literal["keep", "one"] = "keep"
+
+
+@dataclass(frozen=True)
 class TrainingOptions:
     """How the recipe's authors train it, which `train` follows.
 
@@ -148,6 +161,7 @@ class Recipe:
     link: LinkOptions = field(default_factory=LinkOptions)
     activation: ActivationOptions = field(default_factory=ActivationOptions)
     keep: KeepOptions = field(default_factory=KeepOptions)
+    norm: NormOptions = field(default_factory=NormOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
 
     def __post_init__(self) -> None:

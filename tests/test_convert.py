@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from el_convert.checkpoint import load, save
 from el_convert.convert import binarize, conversion_of
 from el_convert.errors import ConversionError
 from el_convert.nn import BinaryConv, BinaryConv2d
-from el_convert.recipes import RECIPES
+from el_convert.recipes import RECIPES, Recipe
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +169,22 @@ class Twice(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(self.all[0](self.b(self.a(self.stem(x)))).mean((2, 3)))
+
+
+def test_norms_at_zero_start_at_one_where_the_recipe_says_so() -> None:
+    def built(recipe: Recipe, **arguments: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        return binarize(timm.create_model("resnet26", **arguments), recipe).state_dict()
+
+    kept = RECIPES["elastic-link"].with_options({"norm.zero_weights": "keep"})
+    open_recipe = RECIPES["elastic-link"].with_options({"norm.zero_weights": "one"})
+    assert not built(kept)["layer1.0.bn3.weight"].any()
+    expected, given = built(kept, zero_init_last=False), built(open_recipe)
+    assert all(torch.equal(given[name], value) for name, value in expected.items())
+    pruned = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten())
+    nn.init.zeros_(pruned.get_parameter("1.weight").data[:3])
+    net = binarize(nn.Sequential(pruned, nn.Linear(4, 2)), open_recipe)
+    assert torch.equal(net.get_parameter("0.1.weight"), torch.tensor([0.0, 0.0, 0.0, 1.0]))
 
 
 def test_shared_convolutions_stay_shared() -> None:

@@ -17,7 +17,7 @@ from el_convert.link import ElasticLink
 from el_convert.packing import pack
 from el_convert.zoo import create, find_source
 
-# Not MobileNet, EfficientNet and DenseNet: before training, one sign that is rounded otherwise moves them.
+# Not MobileNet, EfficientNet and DenseNet: before training, one other sign moves them.
 MODELS = [
     "timm/resnet18", "timm/resnet50", "torchvision/googlenet", "timm/convnext_atto", "backbone",
 ]  # fmt: skip
