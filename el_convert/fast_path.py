@@ -204,11 +204,8 @@ def _pools(layer: PackedLayer, kind: str, size: tuple[int, int], output: tuple[i
     link = layer.link
     assert link is not None  # noqa: S101  # the caller asks for layers with a link
     geometry = link.geometry
-    few, many = sorted((geometry.in_channels, geometry.out_channels))
-    if kind == "identity":
-        matched = few == many
-    else:  # within vectors, whose first channel is a multiple of 4 only without groups
-        matched = many // few in (2, 4) and (layer.groups == 1 or kind != "expand")
+    have, want = geometry.in_channels, geometry.out_channels
+    matched = kind == "expand" or have in ((2 * want, 4 * want) if kind != "identity" else (want,))
     return (
         matched
         and link.options.downsample == "average"
@@ -272,9 +269,9 @@ def _epilogue(layer: PackedLayer, tail: Tail, link_kind: str, pooled: bool) -> E
 def _link_kind(link: ElasticLink) -> str:
     """How the engine matches channels; "identity" where torch has to do it before."""
     have, want = link.geometry.in_channels, link.geometry.out_channels
-    if have < want and want % have == 0 and link.options.expand == "repeat":
+    if have < want and link.options.expand == "repeat":
         return "expand"
-    if have > want and have % want == 0 and link.options.squeeze in ("mean", "sum"):
+    if have > want and link.options.squeeze in ("mean", "sum"):
         return link.options.squeeze
     return "identity"
 

@@ -41,7 +41,7 @@ struct Case {
     bool pool;       // whether there is a thread pool
     bool saturated;  // all signs of the input the same, and all weights: sums as large as possible
     bool guarded;
-    int link, times;  // channels: the larger number is `times` the smaller one
+    int link, times;  // channels: the larger number is `times` the smaller one; 0 where not whole
     bool pooled;
 
     int taps() const { return shape.kernel_h * shape.kernel_w; }
@@ -150,7 +150,12 @@ void choose_channels(Random &random, Case *c) {
         int few = std::max(1, (random.chance(50) ? in : out) / c->times);
         while (few * few * c->times > 100000) few -= few / 4;
         in = out = few;
-        (c->link == EL_LINK_EXPAND ? out : in) *= c->times;
+        int &larger = c->link == EL_LINK_EXPAND ? out : in;
+        larger *= c->times;
+        if (few > 1 && random.chance(35)) {
+            larger += random.between(1, few - 1);
+            c->times = 0;
+        }
     }
     g.in_channels = in * g.groups;
     g.out_channels = out * g.groups;
@@ -233,7 +238,8 @@ Case make_case(long number) {
     c.threads = random.between(0, 5);
     c.pool = random.chance(80);
     c.guarded = number % 2;
-    const bool in_vectors = c.link == EL_LINK_IDENTITY || c.times == 2 || c.times == 4;
+    const bool squeezes = c.link == EL_LINK_MEAN || c.link == EL_LINK_SUM;
+    const bool in_vectors = !squeezes || c.times == 2 || c.times == 4;
     c.pooled = c.link != EL_LINK_NONE && in_vectors && random.chance(40);
     return c;
 }
@@ -484,12 +490,13 @@ Estimate link_value(const Job &job, int64_t pixel, int64_t channel) {
 }
 
 Estimate matched_link(const Job &job, int64_t pixel, int channel) {
-    const int times = job.c.times;
+    const int64_t in = job.c.shape.in_channels, out = job.c.shape.out_channels;
     if (job.c.link == EL_LINK_IDENTITY) return link_value(job, pixel, channel);
-    if (job.c.link == EL_LINK_EXPAND) return link_value(job, pixel, channel / times);
+    const int64_t begin = channel * in / out, end = ((channel + 1) * in + out - 1) / out;
+    if (job.c.link == EL_LINK_EXPAND) return link_value(job, pixel, begin);
     Estimate sum = {0, 0};
-    for (int i = 0; i < times; i++) sum.add_product(1, link_value(job, pixel, channel * times + i));
-    if (job.c.link == EL_LINK_MEAN) sum.multiply(1.0 / times);
+    for (int64_t k = begin; k < end; k++) sum.add_product(1, link_value(job, pixel, k));
+    if (job.c.link == EL_LINK_MEAN) sum.multiply(1.0 / static_cast<double>(end - begin));
     return sum;
 }
 

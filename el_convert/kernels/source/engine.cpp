@@ -124,6 +124,20 @@ void place_weights(Convolution *conv, const uint8_t *bits) {
     }
 }
 
+// Channel c of C' has a part in floor(c C / C') up to ceil((c + 1) C / C').
+void place_bins(Convolution *conv) {
+    const int64_t in = conv->shape.in_channels, out = conv->shape.out_channels;
+    const int vector = conv->isa->width / static_cast<int>(sizeof(float));
+    for (int64_t c = 0; c < out; c++) {
+        conv->bin_begin[c] = static_cast<int32_t>(c * in / out);
+        conv->bin_end[c] = static_cast<int32_t>(((c + 1) * in + out - 1) / out);
+        if (conv->depthwise) continue;
+        const int64_t group = c / conv->group_out, m = c % conv->group_out;
+        conv->lanes[group * conv->padded_out + m] =
+            conv->bin_begin[c] - conv->bin_begin[c - m % vector];
+    }
+}
+
 bool allocate(Convolution *conv) {
     const el_geometry &g = conv->shape;
     const size_t rows = conv->depthwise
@@ -134,9 +148,13 @@ bool allocate(Convolution *conv) {
     const size_t corners = static_cast<size_t>(g.kernel_h + 1) * (g.kernel_w + 1);
     conv->weight = static_cast<uint8_t *>(calloc(rows, width));
     conv->plus = static_cast<int32_t *>(calloc(corners * conv->plane, sizeof *conv->plus));
+    conv->bin_begin = static_cast<int32_t *>(calloc(g.out_channels, sizeof(int32_t)));
+    conv->bin_end = static_cast<int32_t *>(calloc(g.out_channels, sizeof(int32_t)));
+    conv->lanes = static_cast<int32_t *>(calloc(conv->plane, sizeof(int32_t)));
     conv->chunk_count = cut_chunks(*conv, nullptr);
     conv->chunks = static_cast<Chunk *>(calloc(conv->chunk_count, sizeof *conv->chunks));
-    return conv->weight && conv->plus && conv->chunks;
+    return conv->weight && conv->plus && conv->chunks && conv->bin_begin && conv->bin_end &&
+           conv->lanes;
 }
 
 struct Shared {
@@ -293,6 +311,7 @@ void *el_create(const el_geometry *geometry, const uint8_t *weight, const char *
     }
     cut_chunks(*conv, conv->chunks);
     place_weights(conv, weight);
+    place_bins(conv);
     return conv;
 }
 
@@ -302,6 +321,9 @@ void el_destroy(void *convolution) {
     free(conv->chunks);
     free(conv->weight);
     free(conv->plus);
+    free(conv->bin_begin);
+    free(conv->bin_end);
+    free(conv->lanes);
     free(conv);
 }
 

@@ -10,7 +10,7 @@
 #define EL_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define EL_ABI 7
+#define EL_ABI 8
 
 #ifdef __cplusplus
 extern "C" {
@@ -23,6 +23,8 @@ typedef struct {
     int32_t top, bottom, left, right;
 } el_geometry;
 
+// Of C input channels and C' output channels, with C <= C', EXPAND repeats channel floor(c C / C') as
+// channel c; with C >= C', MEAN and SUM take channels floor(c C / C') up to ceil((c + 1) C / C').
 enum el_link { EL_LINK_NONE, EL_LINK_IDENTITY, EL_LINK_EXPAND, EL_LINK_MEAN, EL_LINK_SUM };
 enum el_activation { EL_ACT_NONE, EL_ACT_CLAMP, EL_ACT_PRELU };
 
@@ -41,7 +43,7 @@ typedef struct {
     float low, high;  // of EL_ACT_CLAMP
     int32_t link, link_after_norm, activation, residual_last;
     // The link is averaged over windows of 2x2 pixels: el_call.link is then (N, 2 OH, 2 OW, C).
-    // Only with as many channels as the output, 2 or 4 times, or, without groups, 1/2 or 1/4.
+    // Only with as many channels as the output or fewer, or 2 or 4 times as many.
     int32_t link_pooled;
 } el_epilogue;
 

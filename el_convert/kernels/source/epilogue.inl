@@ -116,6 +116,24 @@ struct ExpandLink {
     void skip(int pixels) { source.skip(pixels); }
 };
 
+// Any number of output channels for the input's, as many or more.
+template <bool kPooled>
+struct SpreadLink {
+    static const bool kAny = true;
+    Source<kPooled> source;
+    const int32_t *begin, *lanes;
+    template <bool kTail>
+    Simd::Floats at(int pixel, int at, int count) const {
+        const int last = kTail ? count - 1 : static_cast<int>(Simd::kFloats) - 1;
+        const LoadFirst first = {begin[at + last] - begin[at] + 1};
+        const Simd::Floats v = first.count == Simd::kFloats
+                                   ? source.load(LoadAll(), pixel, begin[at])
+                                   : source.load(first, pixel, begin[at]);
+        return Simd::pick(v, lanes + at);
+    }
+    void skip(int pixels) { source.skip(pixels); }
+};
+
 // The sum, or mean, of kTimes input channels: summed in order, as torch does.
 template <bool kPooled, int kTimes>
 struct SqueezeLink {
@@ -237,27 +255,13 @@ static void finish_run(const Work &work, const Run &run, Link link) {
     for (; p < run.count; p++) finish_pixels<1>(e, run, &link, &place);
 }
 
-// Channels brought to the output's number: out[i] for output channels from `channel` on.
-static inline void expand(const float *x, int times, int channel, int count, float *out) {
-    for (int i = 0; i < count; i++) out[i] = x[(channel + i) / times];
-}
-
-static inline void squeeze(const float *x, int times, float divisor, int channel, int count,
-                           float *out) {
-    x += static_cast<ptrdiff_t>(channel) * times;
-    for (int i = 0; i < count; i++, x += times) {
-        float sum = x[0];
-        for (int k = 1; k < times; k++) sum += x[k];
-        out[i] = sum / divisor;
-    }
-}
-
-// How often a channel is repeated, or how many are summed; 0 where torch has matched them.
+// How often a channel is repeated, or how many are summed; 0 where that is no whole number.
 static inline int link_times(const Work &work) {
     const el_geometry &shape = work.conv->shape;
-    if (work.epilogue->link == EL_LINK_IDENTITY) return 0;
-    return work.epilogue->link == EL_LINK_EXPAND ? shape.out_channels / shape.in_channels
-                                                 : shape.in_channels / shape.out_channels;
+    const bool grows = work.epilogue->link == EL_LINK_EXPAND;
+    const int few = grows ? shape.in_channels : shape.out_channels;
+    const int many = grows ? shape.out_channels : shape.in_channels;
+    return many % few ? 0 : many / few;
 }
 
 template <bool kPooled>
@@ -274,17 +278,18 @@ static Source<kPooled> link_source(const Work &work, const Run &run, int channel
     return source;
 }
 
-// Any number of channels, the run's per pixel.
-static void match_channels(const Work &work, const Run &run, int times, float *match) {
-    const int inputs = work.conv->shape.in_channels;
+// Sums of any number of channels, the run's per pixel.
+static void squeeze_channels(const Work &work, const Run &run, float *match) {
+    const Convolution &conv = *work.conv;
     const bool mean = work.epilogue->link == EL_LINK_MEAN;
-    const float divisor = mean ? static_cast<float>(times) : 1.0f;
-    for (int p = 0; p < run.count; p++, match += work.conv->padded_out) {
-        const float *x = work.call->link + (run.pixel + p) * inputs;
-        if (work.epilogue->link == EL_LINK_EXPAND)
-            expand(x, times, run.channel, run.channels, match);
-        else
-            squeeze(x, times, divisor, run.channel, run.channels, match);
+    const int32_t *begin = conv.bin_begin + run.channel, *end = conv.bin_end + run.channel;
+    for (int p = 0; p < run.count; p++, match += conv.padded_out) {
+        const float *x = work.call->link + (run.pixel + p) * conv.shape.in_channels;
+        for (int i = 0; i < run.channels; i++) {
+            float sum = x[begin[i]];
+            for (int k = begin[i] + 1; k < end[i]; k++) sum += x[k];
+            match[i] = mean ? sum / static_cast<float>(end[i] - begin[i]) : sum;
+        }
     }
 }
 
@@ -295,6 +300,16 @@ static void finish_expanded(const Work &work, const Run &run, int times) {
     link.source.from += run.channel / times;
     while (1 << link.shift < times) link.shift++;
     for (int i = 0; i < Simd::kFloats; i++) link.lanes[i] = i / times;
+    finish_run(work, run, link);
+}
+
+template <bool kPooled>
+static void finish_spread(const Work &work, const Run &run) {
+    const Convolution &conv = *work.conv;
+    const int group = run.channel / conv.group_out;
+    const SpreadLink<kPooled> link = {link_source<kPooled>(work, run, conv.shape.in_channels),
+                                      conv.bin_begin + run.channel,
+                                      conv.lanes + group * conv.padded_out};
     finish_run(work, run, link);
 }
 
@@ -311,18 +326,21 @@ static void finish_squeezed(const Work &work, const Run &run) {
 // False where channels cannot be matched within vectors.
 template <bool kPooled>
 static bool finish_in_vectors(const Work &work, const Run &run) {
-    const int times = link_times(work);
-    const bool grows = work.epilogue->link == EL_LINK_EXPAND;
-    if (times == 0) {
+    if (work.epilogue->link == EL_LINK_IDENTITY) {
         DirectLink<kPooled> link = {
             link_source<kPooled>(work, run, work.conv->shape.out_channels)};
         link.source.from += run.channel;
         finish_run(work, run, link);
-    } else if (grows && Simd::kFloats % times == 0 && run.channel % times == 0) {
-        finish_expanded<kPooled>(work, run, times);
-    } else if (!grows && times == 2) {
+        return true;
+    }
+    const int times = link_times(work);
+    if (work.epilogue->link == EL_LINK_EXPAND) {
+        const bool even = times && Simd::kFloats % times == 0 && run.channel % times == 0;
+        if (even) finish_expanded<kPooled>(work, run, times);
+        else finish_spread<kPooled>(work, run);
+    } else if (times == 2) {
         finish_squeezed<kPooled, 2>(work, run);
-    } else if (!grows && times == 4) {
+    } else if (times == 4) {
         finish_squeezed<kPooled, 4>(work, run);
     } else {
         return false;
@@ -335,7 +353,7 @@ static void finish_linked(const Work &work, const Run &run, float *match) {
     if (work.epilogue->link_pooled) {
         finish_in_vectors<true>(work, run);
     } else if (!finish_in_vectors<false>(work, run)) {
-        match_channels(work, run, link_times(work), match);
+        squeeze_channels(work, run, match);
         const DirectLink<false> link = {{match, work.conv->padded_out, 0, 0}};
         finish_run(work, run, link);
     }

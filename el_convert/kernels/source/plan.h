@@ -47,6 +47,10 @@ struct Convolution {
     Chunk *chunks;
     int chunk_count;
     uint8_t *weight;  // [group][block][depth][block][gather]; depthwise [tap][C]
+    // Per output channel: the input channels, from one to before another, that a gate's channel is
+    // made of; the first alone where channels are repeated.
+    int32_t *bin_begin, *bin_end;
+    int32_t *lanes;  // [group][padded_out]: of that first one, in the vector's inputs
     // Prefix sums over taps of the number of +1 weights: [KH + 1][KW + 1][plane].
     int32_t *plus;
 };
