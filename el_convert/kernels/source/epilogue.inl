@@ -278,21 +278,6 @@ static Source<kPooled> link_source(const Work &work, const Run &run, int channel
     return source;
 }
 
-// Sums of any number of channels, the run's per pixel.
-static void squeeze_channels(const Work &work, const Run &run, float *match) {
-    const Convolution &conv = *work.conv;
-    const bool mean = work.epilogue->link == EL_LINK_MEAN;
-    const int32_t *begin = conv.bin_begin + run.channel, *end = conv.bin_end + run.channel;
-    for (int p = 0; p < run.count; p++, match += conv.padded_out) {
-        const float *x = work.call->link + (run.pixel + p) * conv.shape.in_channels;
-        for (int i = 0; i < run.channels; i++) {
-            float sum = x[begin[i]];
-            for (int k = begin[i] + 1; k < end[i]; k++) sum += x[k];
-            match[i] = mean ? sum / static_cast<float>(end[i] - begin[i]) : sum;
-        }
-    }
-}
-
 template <bool kPooled>
 static void finish_expanded(const Work &work, const Run &run, int times) {
     ExpandLink<kPooled> link = {
@@ -353,7 +338,10 @@ static void finish_linked(const Work &work, const Run &run, float *match) {
     if (work.epilogue->link_pooled) {
         finish_in_vectors<true>(work, run);
     } else if (!finish_in_vectors<false>(work, run)) {
-        squeeze_channels(work, run, match);
+        const bool mean = work.epilogue->link == EL_LINK_MEAN;
+        squeeze_channels(*work.conv, mean, run.channel, run.channels,
+                         work.call->link + run.pixel * work.conv->shape.in_channels, run.count,
+                         match);
         const DirectLink<false> link = {{match, work.conv->padded_out, 0, 0}};
         finish_run(work, run, link);
     }

@@ -1,6 +1,7 @@
 // The engine for one instruction set: the file that includes this has chosen `Simd` and how signs
 // are counted.
 #include "pack.inl"
+#include "squeeze.inl"
 #include "epilogue.inl"
 #include "strip.inl"
 #include "pool.inl"

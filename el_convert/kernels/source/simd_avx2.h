@@ -5,7 +5,7 @@
 struct Simd {
     typedef __m256i Bytes;
     typedef __m256 Floats;
-    enum { kBytes = 32, kFloats = 8, kSigns = 8, kMaxBlock = 64 };
+    enum { kBytes = 32, kFloats = 8, kSigns = 8, kMaxBlock = 64, kTransposes = 1 };
 
     static inline Bytes zero() { return _mm256_setzero_si256(); }
     static inline Bytes at(const void *p) {
@@ -77,6 +77,24 @@ struct Simd {
         const __m256d o = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xDD));
         *even = _mm256_castpd_ps(_mm256_permute4x64_pd(e, 0xD8));
         *odd = _mm256_castpd_ps(_mm256_permute4x64_pd(o, 0xD8));
+    }
+    // Rows become columns.
+    static inline void transpose(Floats (&v)[8]) {
+        Floats w[8];
+        for (int i = 0; i < 8; i += 2) {
+            w[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+            w[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+        }
+        for (int i = 0; i < 8; i += 4)
+            for (int j = 0; j < 2; j++) {
+                v[i + 2 * j] = _mm256_shuffle_ps(w[i + j], w[i + j + 2], 0x44);
+                v[i + 2 * j + 1] = _mm256_shuffle_ps(w[i + j], w[i + j + 2], 0xEE);
+            }
+        for (int j = 0; j < 4; j++) {
+            w[j] = _mm256_permute2f128_ps(v[j], v[j + 4], 0x20);
+            w[j + 4] = _mm256_permute2f128_ps(v[j], v[j + 4], 0x31);
+        }
+        for (int j = 0; j < 8; j++) v[j] = w[j];
     }
     static inline unsigned signs(const float *x, const float *threshold) {
         const Floats t = threshold ? load(threshold) : _mm256_setzero_ps();

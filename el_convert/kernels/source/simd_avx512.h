@@ -5,7 +5,7 @@
 struct Avx512 {
     typedef __m512i Bytes;
     typedef __m512 Floats;
-    enum { kBytes = 64, kFloats = 16, kSigns = 16, kMaxBlock = 128 };
+    enum { kBytes = 64, kFloats = 16, kSigns = 16, kMaxBlock = 128, kTransposes = 1 };
 
     static inline Bytes zero() { return _mm512_setzero_si512(); }
     static inline void store(uint8_t *p, Bytes v) { _mm512_storeu_si512(p, v); }
@@ -73,6 +73,30 @@ struct Avx512 {
                                                28, 30);
         *even = _mm512_permutex2var_ps(a, step, b);
         *odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(step, _mm512_set1_epi32(1)), b);
+    }
+    // Rows become columns.
+    static inline void transpose(Floats (&v)[16]) {
+        Floats w[16];
+        for (int i = 0; i < 16; i += 2) {
+            w[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+            w[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+        }
+        for (int i = 0; i < 16; i += 4)
+            for (int j = 0; j < 2; j++) {
+                const __m512d a = _mm512_castps_pd(w[i + j]), b = _mm512_castps_pd(w[i + j + 2]);
+                v[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                v[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+            }
+        // v[i + j] holds, in its quarters, columns j, 4 + j, 8 + j and 12 + j of four rows.
+        for (int i = 0; i < 16; i += 8)
+            for (int j = 0; j < 4; j++) {
+                w[i + j] = _mm512_shuffle_f32x4(v[i + j], v[i + j + 4], 0x88);
+                w[i + j + 4] = _mm512_shuffle_f32x4(v[i + j], v[i + j + 4], 0xDD);
+            }
+        for (int j = 0; j < 8; j++) {
+            v[j] = _mm512_shuffle_f32x4(w[j], w[j + 8], 0x88);
+            v[j + 8] = _mm512_shuffle_f32x4(w[j], w[j + 8], 0xDD);
+        }
     }
     static inline unsigned signs(const float *x, const float *threshold) {
         const Floats t = threshold ? load(threshold) : _mm512_setzero_ps();

@@ -5,7 +5,7 @@
 struct Simd {
     typedef uint8x16_t Bytes;
     typedef float32x4_t Floats;
-    enum { kBytes = 16, kFloats = 4, kSigns = 8, kMaxBlock = 64 };
+    enum { kBytes = 16, kFloats = 4, kSigns = 8, kMaxBlock = 64, kTransposes = 0 };
 
     static inline Bytes zero() { return vdupq_n_u8(0); }
     static inline void store(uint8_t *p, Bytes v) { vst1q_u8(p, v); }

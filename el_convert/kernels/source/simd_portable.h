@@ -3,7 +3,7 @@
 #define EL_CONVERT_SIMD_PORTABLE_H
 
 struct Simd {
-    enum { kBytes = 16, kFloats = 4, kSigns = 8, kMaxBlock = 64 };
+    enum { kBytes = 16, kFloats = 4, kSigns = 8, kMaxBlock = 64, kTransposes = 0 };
     struct Bytes {
         uint8_t at[kBytes];
     };
