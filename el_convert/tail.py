@@ -18,7 +18,8 @@ class Tail:
     """What a packed layer does after its norm, fused from the modules around it.
 
     Attributes:
-        activation: "none"; "clamp" to [low, high], as ReLU and ReLU6; "prelu"; "rprelu".
+        activation: "none"; "clamp" to [low, high], as ReLU and ReLU6; "prelu"; "rprelu"; "silu";
+            "hardswish".
         low, high: of "clamp".
         residual_last: whether the residual is added after the activation instead of before.
         residual: of the output's shape, or None.
@@ -26,7 +27,7 @@ class Tail:
         shift_in, shift_out: (C_out,), of "rprelu".
     """
 
-    activation: Literal["none", "clamp", "prelu", "rprelu"] = "none"
+    activation: Literal["none", "clamp", "prelu", "rprelu", "silu", "hardswish"] = "none"
     low: float = 0.0
     high: float = float("inf")
     residual_last: bool = False
@@ -52,6 +53,10 @@ class Tail:
             output = output + self.residual
         if self.activation == "clamp":
             output = F.relu(output) if self._is_relu else output.clamp(self.low, self.high)
+        elif self.activation == "silu":
+            output = F.silu(output)
+        elif self.activation == "hardswish":
+            output = F.hardswish(output)
         elif self.activation != "none":
             output = self._prelu(output)
         if self.residual is not None and self.residual_last:
@@ -63,7 +68,7 @@ class Tail:
         return self.low == 0 and self.high == float("inf")
 
     def _prelu(self, output: Tensor) -> Tensor:
-        assert self.slope is not None  # noqa: S101  # both kinds have one
+        assert self.slope is not None  # noqa: S101  # both other kinds have one
         shape = (-1, *[1] * (output.dim() - 2))
         if self.shift_in is not None:
             output = output - self.shift_in.view(shape)
@@ -81,7 +86,7 @@ def tail_of(activation: nn.Module | None) -> Tail | None:
     """A fusable activation's tail, with its tensors; None for others.
 
     Example:
-        >>> tail_of(nn.ReLU6()).high, tail_of(nn.SiLU())
+        >>> tail_of(nn.ReLU6()).high, tail_of(nn.GELU())
         (6.0, None)
     """
     if type(activation) is nn.ReLU:
@@ -90,6 +95,10 @@ def tail_of(activation: nn.Module | None) -> Tail | None:
         return Tail("clamp", float(activation.min_val), float(activation.max_val))
     if isinstance(activation, nn.PReLU) and type(activation) in (nn.PReLU, ChannelPReLU):
         return Tail("prelu", slope=activation.weight)
+    if type(activation) is nn.SiLU:
+        return Tail("silu")
+    if type(activation) is nn.Hardswish:
+        return Tail("hardswish")
     if type(activation) is RPReLU:
         return Tail(
             "rprelu",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from kernel_cases import INF, LAST, NAN, Case, conv, every_isa, prepared, truth
 from torch import Tensor
+from torch.nn import functional
 
 from el_convert.kernels import ConvGeometry
 from el_convert.kernels.native import Epilogue
@@ -26,6 +27,8 @@ STEPS: dict[str, dict[str, Any]] = {
     "relu": {"activation": "clamp"},
     "prelu": {"activation": "prelu", "slope": True},
     "rprelu": {"activation": "prelu", "slope": True, "act_in": True, "act_out": True},
+    "silu": {"activation": "silu"},
+    "hardswish": {"activation": "hardswish"},
 }
 ALL: dict[str, Any] = {
     key: True for step in ("scale", "bias", "norm", "threshold") for key in STEPS[step]
@@ -35,7 +38,7 @@ STEPS |= {
     f"all-{act}-{link}{last}": {
         **ALL, **STEPS[act], "link_after_norm": bool(link), "residual_last": bool(last)
     }
-    for act, link, last in product(["clamp", "rprelu"], [0, 1], [0, 1])
+    for act, link, last in product(["clamp", "rprelu", "silu", "hardswish"], [0, 1], [0, 1])
 }  # fmt: skip
 NAMES = ["threshold", "scale", "bias", "norm_scale", "norm_shift", "slope", "act_in", "act_out"]
 Parts = tuple[Tensor, Epilogue, Tensor | None, Tensor | None]
@@ -68,6 +71,8 @@ def with_epilogue(g: ConvGeometry, x: Tensor, weight: Tensor, **o: Any) -> tuple
     y = y + d.get("act_in", 0)
     if o.get("activation") == "clamp":
         y = y.clamp(o.get("low", 0.0), o.get("high", INF))
+    smooth = {"silu": functional.silu, "hardswish": functional.hardswish}
+    y = smooth[o["activation"]](y) if o.get("activation") in smooth else y
     y = torch.where(y > 0, y, y * d["slope"]) if "slope" in d else y
     y = y + d.get("act_out", 0)
     return parts, y + residual.double() if o.get("residual_last") and residual is not None else y
@@ -128,6 +133,11 @@ def test_not_a_number_goes_through(isa: str) -> None:
     result = prepared(g, weight, isa)(given, prelu).flatten()
     expected = (truth(x, weight, g).flatten() + awkward) * torch.tensor([1.0, 1.0, 0.5, 1.0, 0.5])
     assert torch.equal(result.nan_to_num(7.0), expected.float().nan_to_num(7.0))
+    far = torch.tensor([NAN, INF, -INF, 1e4, -1e4])
+    for name, formula in (("silu", functional.silu), ("hardswish", functional.hardswish)):
+        result = prepared(g, weight, isa)(given, Epilogue(bias=far, activation=name)).flatten()
+        expected = formula(truth(x, weight, g).float().flatten() + far)
+        torch.testing.assert_close(result, expected, equal_nan=True)
 
 
 BUSY = {

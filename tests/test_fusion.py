@@ -30,7 +30,8 @@ class Block(nn.Module):
         self.conv2, self.norm2 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
         self.relu, self.inplace = nn.ReLU(), nn.ReLU(inplace=True)
         self.clamp, self.prelu, self.rprelu = nn.ReLU6(), nn.PReLU(8), RPReLU(8)
-        self.drop, self.silu = nn.Dropout(0.5), nn.SiLU()
+        self.silu, self.hardswish, self.gelu = nn.SiLU(), nn.Hardswish(), nn.GELU()
+        self.drop = nn.Dropout(0.5)
         self.rule = rule
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,6 +94,8 @@ FUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], list[str]]] = {
     "relu6": (lambda m, x: m.clamp(m.norm1(m.conv1(x))), ["conv1"]),
     "prelu": (lambda m, x: m.prelu(m.norm1(m.conv1(x))), ["conv1"]),
     "rprelu": (lambda m, x: m.rprelu(m.norm1(m.conv1(x))), ["conv1"]),
+    "silu": (lambda m, x: m.silu(m.norm1(m.conv1(x))), ["conv1"]),
+    "hardswish": (lambda m, x: m.hardswish(m.norm1(m.conv1(x))), ["conv1"]),
     "dropout": (lambda m, x: m.relu(m.drop(m.norm1(m.conv1(x)))), ["conv1"]),
     "sum": (lambda m, x: m.norm1(m.conv1(x)) + x, ["conv1"]),
     "sum the other way": (lambda m, x: x + m.norm1(m.conv1(x)), ["conv1"]),
@@ -114,7 +117,7 @@ FUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], list[str]]] = {
     ),
 }
 LEFT: dict[str, tuple[Callable[[Any, Tensor], Tensor], list[str]]] = {
-    "another activation": (lambda m, x: m.silu(m.norm1(m.conv1(x))), ["conv1", "silu"]),
+    "another activation": (lambda m, x: m.gelu(m.norm1(m.conv1(x))), ["conv1", "gelu"]),
     "an output used twice": (
         lambda m, x: (lambda y: m.relu(m.norm1(y)) * y)(m.conv1(x)),
         ["conv1", "norm1", "relu"],
@@ -205,7 +208,7 @@ POOLS = [
 
 
 @pytest.mark.parametrize("pool", POOLS, ids=str)
-@pytest.mark.parametrize("act", [nn.ReLU(), nn.PReLU(), nn.PReLU(21), nn.ReLU6(), RPReLU(21)])
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.PReLU(), nn.PReLU(21), nn.ReLU6(), RPReLU(21), nn.SiLU(), nn.Hardswish()])
 def test_stems(act: nn.Module, pool: nn.Module) -> None:
     packed = packed_and_checked(Stem(act, pool), side=12)
     tails = [module for module in packed.modules() if isinstance(module, StemTail)]

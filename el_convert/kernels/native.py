@@ -30,9 +30,9 @@ from torch import Tensor
 from el_convert.kernels.buffers import MapPool, shared_pool
 from el_convert.kernels.geometry import ConvGeometry
 
-ABI = 8
+ABI = 9
 LINK_KINDS = ("none", "identity", "expand", "mean", "sum")
-ACTIVATION_KINDS = ("none", "clamp", "prelu")
+ACTIVATION_KINDS = ("none", "clamp", "prelu", "silu", "hardswish")
 INSTRUCTION_SET_VARIABLE = "EL_CONVERT_ISA"
 """Environment variable: "avx512vpopcntdq", "avx512", "avx2", "neon", "portable"; or "none", for
 plain torch."""

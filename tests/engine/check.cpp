@@ -281,7 +281,7 @@ class Data {
     }
     void fill_activation(int64_t channels) {
         el_epilogue &e = epilogue;
-        e.activation = random.between(EL_ACT_NONE, EL_ACT_PRELU);
+        e.activation = random.between(EL_ACT_NONE, EL_ACT_HARDSWISH);
         if (e.activation == EL_ACT_CLAMP) {
             e.low = random.chance(60) ? 0.0f : random.real(-30, 0);
             e.high = random.chance(40) ? INFINITY : random.real(0, 30);
@@ -466,6 +466,11 @@ struct Estimate {
         if (value > high) value = high;
         if (isinf(given)) size = fabs(value);
     }
+    // By a number that depends on the value: the product changes 1.5 times as much at most.
+    void gate(double open) {
+        value *= open;
+        size *= 1.5;
+    }
     void prelu(double slope) {
         if (!(value > 0)) value *= slope;
         size *= fmax(1, fabs(slope));
@@ -509,6 +514,8 @@ void activate(const el_epilogue &e, int64_t channel, Estimate *v) {
     if (e.act_in) v->add(e.act_in[channel]);
     if (e.activation == EL_ACT_CLAMP) v->clamp(e.low, e.high);
     if (e.activation == EL_ACT_PRELU) v->prelu(e.slope[channel]);
+    if (e.activation == EL_ACT_SILU) v->gate(1 / (1 + exp(-v->value)));
+    if (e.activation == EL_ACT_HARDSWISH) v->gate(fmin(fmax(v->value + 3, 0), 6) / 6);
     if (e.act_out) v->add(e.act_out[channel]);
 }
 

@@ -10,7 +10,7 @@
 #define EL_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define EL_ABI 8
+#define EL_ABI 9
 
 #ifdef __cplusplus
 extern "C" {
@@ -26,7 +26,7 @@ typedef struct {
 // Of C input channels and C' output channels, with C <= C', EXPAND repeats channel floor(c C / C') as
 // channel c; with C >= C', MEAN and SUM take channels floor(c C / C') up to ceil((c + 1) C / C').
 enum el_link { EL_LINK_NONE, EL_LINK_IDENTITY, EL_LINK_EXPAND, EL_LINK_MEAN, EL_LINK_SUM };
-enum el_activation { EL_ACT_NONE, EL_ACT_CLAMP, EL_ACT_PRELU };
+enum el_activation { EL_ACT_NONE, EL_ACT_CLAMP, EL_ACT_PRELU, EL_ACT_SILU, EL_ACT_HARDSWISH };
 
 // What follows the integer sums, in this order and each rounded as torch rounds it:
 //   v = sums * scale + bias

@@ -51,6 +51,15 @@ struct Simd {
     }
     static inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
     static inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+    static inline Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+    // Whole numbers, as floats, from -126 to 128, whose power is infinity.
+    static inline Floats nearest(Floats v) {
+        return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    }
+    static inline Floats power_of_two(Floats n) {
+        const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+    }
     static inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
     // The second operand where either is NaN.
     static inline Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }

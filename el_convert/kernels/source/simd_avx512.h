@@ -47,6 +47,12 @@ struct Avx512 {
     }
     static inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
     static inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+    static inline Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+    // Whole numbers, as floats, from -126 to 128, whose power is infinity.
+    static inline Floats nearest(Floats v) { return _mm512_roundscale_ps(v, 0); }
+    static inline Floats power_of_two(Floats n) {
+        return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n);
+    }
     static inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
     // The second operand where either is NaN.
     static inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }

@@ -37,6 +37,13 @@ struct Simd {
     }
     static inline Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
     static inline Floats mul(Floats a, Floats b) { return vmulq_f32(a, b); }
+    static inline Floats div(Floats a, Floats b) { return vdivq_f32(a, b); }
+    // Whole numbers, as floats, from -126 to 128, whose power is infinity.
+    static inline Floats nearest(Floats v) { return vrndnq_f32(v); }
+    static inline Floats power_of_two(Floats n) {
+        const int32x4_t biased = vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127));
+        return vreinterpretq_f32_s32(vshlq_n_s32(biased, 23));
+    }
     static inline Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
     static inline Floats max(Floats a, Floats b) { return vmaxq_f32(a, b); }
     static inline Floats min(Floats a, Floats b) { return vminq_f32(a, b); }

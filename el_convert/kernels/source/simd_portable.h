@@ -82,6 +82,27 @@ struct Simd {
         for (int i = 0; i < kFloats; i++) r.at[i] = a.at[i] * b.at[i];
         return r;
     }
+    static inline Floats div(const Floats &a, const Floats &b) {
+        Floats r;
+        for (int i = 0; i < kFloats; i++) r.at[i] = a.at[i] / b.at[i];
+        return r;
+    }
+    // Whole numbers, as floats, from -126 to 128, whose power is infinity.
+    static inline Floats nearest(const Floats &v) {
+        const float big = 12582912;  // sums with it have no places for fractions
+        Floats r;
+        for (int i = 0; i < kFloats; i++) r.at[i] = (v.at[i] + big) - big;
+        return r;
+    }
+    static inline Floats power_of_two(const Floats &n) {
+        Floats r;
+        for (int i = 0; i < kFloats; i++) {
+            const int whole = n.at[i] == n.at[i] ? static_cast<int>(n.at[i]) : 0;
+            const uint32_t bits = static_cast<uint32_t>(whole + 127) << 23;
+            memcpy(&r.at[i], &bits, sizeof bits);
+        }
+        return r;
+    }
     static inline Floats fma(const Floats &a, const Floats &b, const Floats &c) {
         Floats r;
         for (int i = 0; i < kFloats; i++) r.at[i] = a.at[i] * b.at[i] + c.at[i];
