@@ -336,6 +336,7 @@ _TABLE = (
         weight=_DETACHED,
         activation=ActivationOptions("rprelu", "any"),
         keep=_KEEP_SHORTCUT,
+        norm=NormOptions("one"),
         training=_REACT_TRAINING,
     ),
     Recipe(

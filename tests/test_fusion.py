@@ -207,8 +207,13 @@ POOLS = [
 ]
 
 
+STEM_ACTIVATIONS = [
+    nn.ReLU(), nn.PReLU(), nn.PReLU(21), nn.ReLU6(), RPReLU(21), nn.SiLU(), nn.Hardswish(),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("pool", POOLS, ids=str)
-@pytest.mark.parametrize("act", [nn.ReLU(), nn.PReLU(), nn.PReLU(21), nn.ReLU6(), RPReLU(21), nn.SiLU(), nn.Hardswish()])
+@pytest.mark.parametrize("act", STEM_ACTIVATIONS)
 def test_stems(act: nn.Module, pool: nn.Module) -> None:
     packed = packed_and_checked(Stem(act, pool), side=12)
     tails = [module for module in packed.modules() if isinstance(module, StemTail)]

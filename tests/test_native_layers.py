@@ -13,9 +13,9 @@ import pytest
 import torch
 from kernel_cases import LAST, Calls, agrees, by_torch, everything, layer, near, needs_engine
 from torch import Tensor, nn
-from torch.nn import functional
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional
 
 from el_convert.fast_path import FastPath
 from el_convert.packed import PackedConv
@@ -326,7 +326,8 @@ def activated(name: str, y: Tensor, tensors: list[Tensor]) -> Tensor:
     if name in ("relu", "relu6", "hardtanh"):
         return y.clamp(TAILS[name].low, TAILS[name].high)
     if not tensors:
-        return {"silu": functional.silu, "hardswish": functional.hardswish}.get(name, lambda y: y)(y)
+        smooth = {"silu": functional.silu, "hardswish": functional.hardswish}
+        return smooth[name](y) if name in smooth else y
     shifts = [t.view(-1, 1, 1) for t in tensors[1:]] or [torch.zeros(()), torch.zeros(())]
     y, slope = y - shifts[0], tensors[0].view(-1, 1, 1)
     return torch.where(y > 0, y, y * slope) + shifts[1]
