@@ -116,7 +116,9 @@ def test_reactnet_has_its_parts() -> None:
     assert recipe.training.loss == "distribution"
     assert recipe.keep.shortcut
     elastic = RECIPES["elastic-reactnet"]
-    assert dataclasses.replace(elastic, link=recipe.link, name="", summary="") == (
+    assert elastic.norm.zero_weights == "one"
+    shared = {"link": recipe.link, "norm": recipe.norm, "name": "", "summary": ""}
+    assert dataclasses.replace(elastic, **shared) == (
         dataclasses.replace(recipe, name="", summary="")
     )
     assert elastic.link == LinkOptions()
