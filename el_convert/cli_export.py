@@ -51,9 +51,9 @@ def export(
 
     The ONNX file holds standard operators only and takes any batch size. OpenVINO's .xml and the
     .bin beside it run on OpenVINO's own 1-bit convolutions on x86 CPUs. Either is written only
-    where the runtime agrees with the model on random images. `--to torch` writes a program of
-    torch.export, checked likewise. That is not a safe format: load only what you trust, after
-    `import el_convert.kernels`.
+    where the runtime agrees with the model on most of five random images. `--to torch` writes a
+    program of torch.export, checked likewise. That is not a safe format: load only what you trust,
+    after `import el_convert.kernels`.
     """
     check_output(out, (_SUFFIXES[format],))
     _check_options(format, float_weights, batch)

@@ -196,26 +196,33 @@ def _squeeze(input: Tensor, channels: int, dim: int, squeeze: str) -> Tensor:
 def _sum_bins(input: Tensor, channels: int, dim: int) -> tuple[Tensor, Tensor]:
     """Sums and sizes of the bins, for graphs: there adaptive pooling would index each pixel."""
     have, shape = int(input.shape[dim]), (-1, *[1] * (input.dim() - dim - 1))
-    first = [c * have // channels for c in range(channels)]
-    sizes = [-(-(c + 1) * have // channels) - first[c] for c in range(channels)]
+    firsts, sizes = _bins(have, channels)
 
     def values(numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=input.dtype, device=input.device).view(shape)
 
-    total = torch.zeros(())
-    for place in range(max(sizes)):
-        index = [min(begin + place, have - 1) for begin in first]
-        part = input.index_select(dim, torch.tensor(index, device=input.device))
-        if place >= min(sizes):
-            part = part * values([int(size > place) for size in sizes])
-        total = total + part if place else part
+    def part(place: int) -> Tensor:
+        index = [min(first + place, have - 1) for first in firsts]
+        picked = input.index_select(dim, torch.tensor(index, device=input.device))
+        inside = [int(place < size) for size in sizes]
+        return picked if all(inside) else picked * values(inside)
+
+    total = part(0)
+    for place in range(1, max(sizes)):
+        total = total + part(place)
     return total, values(sizes)
+
+
+def _bins(have: int, channels: int) -> tuple[list[int], list[int]]:
+    """The first of `have` channels that each of `channels` outputs summarizes, and how many."""
+    firsts = [c * have // channels for c in range(channels)]
+    ends = [-(-(c + 1) * have // channels) for c in range(channels)]
+    return firsts, [end - first for first, end in zip(firsts, ends, strict=True)]
 
 
 def bin_sizes(have: int, channels: int) -> Tensor:
     """How many of `have` channels each of `channels` outputs summarizes: (channels,) integers."""
-    target = torch.arange(channels)
-    return -(-(target + 1) * have // channels) - target * have // channels
+    return torch.tensor(_bins(have, channels)[1])
 
 
 class ElasticLink(nn.Module):
