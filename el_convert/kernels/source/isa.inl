@@ -2,6 +2,9 @@
 // are counted.
 #include "pack.inl"
 #include "squeeze.inl"
+#include "steps.inl"
+#include "activation.inl"
+#include "links.inl"
 #include "epilogue.inl"
 #include "strip.inl"
 #include "pool.inl"

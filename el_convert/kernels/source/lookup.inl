@@ -17,7 +17,7 @@ static int lookup_lane(int index) {
 }
 
 // A counter holds 63 times 4; half of a first-level cache of 32 KB holds the weights.
-const Counting kCounting = {kChannels, kPixels, kGather, 63, 3, 16384, lookup_lane};
+const Counting kCounting = {kChannels, kPixels, kPixels, kGather, 63, 3, 16384, lookup_lane};
 
 // Columns of the map: byte k of each is nibble k of one pixel below nibble k of another, `partner`
 // pixels to the right.

@@ -4,11 +4,7 @@
 static inline void pack_signs(const float *x, const float *threshold, int count, uint8_t *bits) {
     int c = 0;
     for (; c + 64 <= count; c += 64, bits += 8) {
-        uint64_t word = 0;
-        for (int i = 0; i < 64; i += Simd::kSigns) {
-            const float *limit = threshold ? threshold + c + i : nullptr;
-            word |= static_cast<uint64_t>(Simd::signs(x + c + i, limit)) << i;
-        }
+        const uint64_t word = Simd::sign_word(x + c, threshold ? threshold + c : nullptr);
         for (int i = 0; i < 8; i++) bits[i] = static_cast<uint8_t>(word >> 8 * i);
     }
     bits -= c / 8;

@@ -17,6 +17,7 @@ constexpr int kRunPixels = 16;
 struct Counting {
     int channels;    // input channels in a byte of the map
     int pixels;      // output pixels whose channels share a byte of the map
+    int together;    // and of strips: they are cut between as many only
     int gather;      // bytes of the map in a step, and of weights in a step of one output channel
     int most;        // bytes of the map until a counter is full
     int multiple;    // of the bytes counted in one go, where possible

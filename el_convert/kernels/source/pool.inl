@@ -7,8 +7,8 @@ static inline void pool_columns(const el_epilogue &e, const el_pool &pool, const
     Simd::Floats best = Simd::set(0);
     for (int64_t x = begin; x < end; x++) {
         Simd::Floats v = load_lanes<kTail>(row + x * pool.channels + channel, count);
-        normalize<1, kTail>(e, channel, count, &v);
-        activate<1, kTail>(e, channel, count, &v);
+        if (e.norm_scale) normalize<1, kTail>(e, channel, count, &v);
+        activate<AnySteps, 1, kTail>(e, channel, count, &v);
         best = x == begin ? v : Simd::larger(best, v);
     }
     store_lanes<kTail>(out + channel, best, count);
@@ -33,8 +33,8 @@ static inline void finish_columns(const el_epilogue &e, const float *x, int chan
     const int count = channels - channel;
     Simd::Floats v[kPixels];
     for (int p = 0; p < kPixels; p++) v[p] = load_lanes<kTail>(x + p * channels + channel, count);
-    normalize<kPixels, kTail>(e, channel, count, v);
-    activate<kPixels, kTail>(e, channel, count, v);
+    if (e.norm_scale) normalize<kPixels, kTail>(e, channel, count, v);
+    activate<AnySteps, kPixels, kTail>(e, channel, count, v);
     for (int p = 0; p < kPixels; p++)
         store_lanes<kTail>(out + p * channels + channel, v[p], count);
 }

@@ -14,7 +14,14 @@ static int popcount_lane(int index) {
 }
 
 // Counts do not overflow: a run is never cut. Weights are read ahead from the second-level cache.
-const Counting kCounting = {kChannels, kPixels, kGather, 1 << 30, 1, 65536, popcount_lane};
+const Counting kCounting = {kChannels, kPixels, kWideTile, kGather, 1 << 30, 1, 65536, popcount_lane};
+
+// Counts stay in registers only where loops over them are gone.
+#if defined(__clang__)
+#define EL_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define EL_UNROLL _Pragma("GCC unroll 8")
+#endif
 
 // Columns of the map: the bits as they are.
 static inline void fill_map(const Convolution &conv, const uint8_t *bits, int64_t, int64_t columns,
@@ -36,13 +43,26 @@ static inline void count_step(const uint8_t *from, ptrdiff_t column_step, uint32
     }
 }
 
+template <bool kAdd, int kColumns, int kVectors>
+static inline void store_tile(const Simd::Bytes (&total)[kColumns][kVectors], uint16_t *sums,
+                              ptrdiff_t stride) {
+    EL_UNROLL
+    for (int p = 0; p < kColumns; p++)
+        EL_UNROLL
+        for (int v = 0; v < kVectors; v += 2)
+            Simd::template store_counts<kAdd>(sums + p * stride + v * kOutputs, total[p][v],
+                                              total[p][v + 1]);
+}
+
 template <int kColumns, int kVectors>
 static inline void tile(const uint8_t *map, ptrdiff_t column_step, ptrdiff_t row_bytes,
                         const Chunk *chunk, int chunks, const uint8_t *weight, uint16_t *sums,
                         ptrdiff_t stride, bool first) {
     const ptrdiff_t block = kVectors * Simd::kBytes;
     Simd::Bytes total[kColumns][kVectors];
+    EL_UNROLL
     for (int p = 0; p < kColumns; p++)
+        EL_UNROLL
         for (int v = 0; v < kVectors; v++) total[p][v] = Simd::zero();
     for (int n = 0; n < chunks; n++, chunk++) {
         const uint8_t *from = map + chunk->row * row_bytes + chunk->start;
@@ -54,12 +74,8 @@ static inline void tile(const uint8_t *map, ptrdiff_t column_step, ptrdiff_t row
         count_step(from + k, column_step, (1u << 8 * (chunk->length - k)) - 1, weight, total);
         weight += block;
     }
-    for (int p = 0; p < kColumns; p++)
-        for (int v = 0; v < kVectors; v += 2) {
-            uint16_t *out = sums + p * stride + v * kOutputs;
-            if (first) Simd::template store_counts<false>(out, total[p][v], total[p][v + 1]);
-            else Simd::template store_counts<true>(out, total[p][v], total[p][v + 1]);
-        }
+    if (first) store_tile<false, kColumns, kVectors>(total, sums, stride);
+    else store_tile<true, kColumns, kVectors>(total, sums, stride);
 }
 
 template <int kVectors>

@@ -109,6 +109,12 @@ struct Simd {
         const Floats t = threshold ? load(threshold) : _mm256_setzero_ps();
         return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(load(x), t, _CMP_GT_OQ)));
     }
+    static inline uint64_t sign_word(const float *x, const float *threshold) {
+        uint64_t word = 0;
+        for (int i = 0; i < 64; i += kSigns)
+            word |= static_cast<uint64_t>(signs(x + i, threshold ? threshold + i : nullptr)) << i;
+        return word;
+    }
     // A byte per channel: 1 where x > threshold, else 0.
     static inline Bytes sign_bytes(const float *x, const float *threshold) {
         Bytes mask[4];

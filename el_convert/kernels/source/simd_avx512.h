@@ -108,14 +108,18 @@ struct Avx512 {
         const Floats t = threshold ? load(threshold) : _mm512_setzero_ps();
         return _mm512_cmp_ps_mask(load(x), t, _CMP_GT_OQ);
     }
+    static inline __mmask64 sign_mask(const float *x, const float *threshold) {
+        __mmask16 part[4];
+        for (int i = 0; i < 4; i++)
+            part[i] = static_cast<__mmask16>(signs(x + 16 * i, threshold ? threshold + 16 * i : nullptr));
+        return _mm512_kunpackd(_mm512_kunpackw(part[3], part[2]), _mm512_kunpackw(part[1], part[0]));
+    }
+    static inline uint64_t sign_word(const float *x, const float *threshold) {
+        return sign_mask(x, threshold);
+    }
     // A byte per channel: 1 where x > threshold, else 0.
     static inline Bytes sign_bytes(const float *x, const float *threshold) {
-        __mmask64 mask = 0;
-        for (int i = 0; i < 4; i++) {
-            const __mmask64 part = signs(x + 16 * i, threshold ? threshold + 16 * i : nullptr);
-            mask |= part << 16 * i;
-        }
-        return _mm512_maskz_set1_epi8(mask, 1);
+        return _mm512_maskz_mov_epi8(sign_mask(x, threshold), _mm512_set1_epi8(1));
     }
     static inline void widen(uint16_t *sums, Bytes counts) {
         _mm512_storeu_si512(sums, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(counts)));

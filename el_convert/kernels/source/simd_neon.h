@@ -78,6 +78,12 @@ struct Simd {
         const uint8x8_t mask = vmovn_u16(vcombine_u16(low, high));
         return vaddv_u8(vand_u8(mask, vld1_u8(places)));
     }
+    static inline uint64_t sign_word(const float *x, const float *threshold) {
+        uint64_t word = 0;
+        for (int i = 0; i < 64; i += kSigns)
+            word |= static_cast<uint64_t>(signs(x + i, threshold ? threshold + i : nullptr)) << i;
+        return word;
+    }
     // A byte per channel: 1 where x > threshold, else 0.
     static inline Bytes sign_bytes(const float *x, const float *threshold) {
         uint16x4_t mask[4];

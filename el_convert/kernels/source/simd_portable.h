@@ -155,6 +155,12 @@ struct Simd {
             r |= static_cast<unsigned>(x[i] > (threshold ? threshold[i] : 0.0f)) << i;
         return r;
     }
+    static inline uint64_t sign_word(const float *x, const float *threshold) {
+        uint64_t word = 0;
+        for (int i = 0; i < 64; i += kSigns)
+            word |= static_cast<uint64_t>(signs(x + i, threshold ? threshold + i : nullptr)) << i;
+        return word;
+    }
     // A byte per channel: 1 where x > threshold, else 0.
     static inline Bytes sign_bytes(const float *x, const float *threshold) {
         Bytes r;

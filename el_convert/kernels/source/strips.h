@@ -13,7 +13,7 @@ const int64_t kStripBytes = 128 * 1024;  // of scratch: well inside a second-lev
 class Strips {
   public:
     Strips(const Convolution &conv, int64_t batch, int64_t height, int64_t width, int64_t threads)
-        : pointwise_(conv.pointwise), pixels_(pointwise_ ? conv.isa->counting.pixels : 1) {
+        : pointwise_(conv.pointwise), pixels_(pointwise_ ? conv.isa->counting.together : 1) {
         images_ = pointwise_ ? 1 : batch;
         rows_ = pointwise_ ? batch * height * width : height;
         width_ = pointwise_ ? 1 : width;

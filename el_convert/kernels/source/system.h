@@ -2,6 +2,7 @@
 #ifndef EL_CONVERT_SYSTEM_H
 #define EL_CONVERT_SYSTEM_H
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
