@@ -163,6 +163,14 @@ def plain_map(input: Tensor, channels: int | None = None) -> bool:
     )
 
 
+def plain_rows(input: Tensor, features: int) -> bool:
+    """Whether it is an ordinary float32 (N, features) on the CPU, outside of any tracing."""
+    if _is_compiling() or _is_tracing() or not _float_map(input):
+        return False
+    ordinary = not _dispatch_modes() and not _functorch_active()
+    return input.dim() == 2 and input.shape[1] == features and ordinary
+
+
 def _float_map(input: Tensor) -> bool:
     """Whether the engine can read its memory."""
     return (

@@ -14,6 +14,7 @@ from el_convert.convert import conversion_of, copy_model, exchange, record
 from el_convert.errors import ConversionError
 from el_convert.fusion import fuse_blocks
 from el_convert.kernels import engine_notice
+from el_convert.linear import LargeLinear, large_linear
 from el_convert.nn import BinaryConv, BinaryLayer
 from el_convert.packed import PackedConv
 
@@ -78,6 +79,7 @@ def pack_layers(model: ModelT) -> ModelT:
     else:
         fuse_blocks(model)
         chain_blocks(model)
+        exchange(model, {id(m): LargeLinear(m) for m in model.modules() if large_linear(m)})
     model.requires_grad_(False)  # with gradients wanted of its input a layer cannot be native
     return to_channels_last(model)
 

@@ -61,12 +61,11 @@ class StemTail(nn.Module):
         self._prepared = _Prepared()
 
     def forward(self, input: Tensor) -> Tensor:
-        library = engine()
         wants_gradient = torch.is_grad_enabled() and input.requires_grad
-        if library is None or wants_gradient or not plain_map(input):
+        if wants_gradient or not plain_map(input):
             return self._by_torch(input)
-        epilogue = self._epilogue()
-        if epilogue is None:
+        library, epilogue = engine(), self._epilogue()
+        if library is None or epilogue is None:
             return self._by_torch(input)
         output = library.pool(
             input.contiguous(memory_format=torch.channels_last),

@@ -36,7 +36,7 @@ LAYERS = (
     ("fast_path", "patterns"),
     ("planning",),
     ("convert",),
-    ("datasets", "float_weights", "graphs", "packed", "stem", "zoo"),
+    ("datasets", "float_weights", "graphs", "linear", "packed", "stem", "zoo"),
     ("calibration", "evaluation", "fusion"),
     ("chain_structure", "stepping"),
     ("chains",),
@@ -76,8 +76,8 @@ ALLOWED_HEAVY = {
 FILES = {path.stem: path for path in PACKAGE.glob("*.py")}
 KERNELS = {path.stem: path for path in (PACKAGE / "kernels").glob("*.py")}
 KERNEL_LAYERS = (
-    "geometry", "version", "buffers", "memory_plan", "native", "chain", "passes", "reference",
-    "operator", "__init__",
+    "geometry", "structures", "version", "buffers", "memory_plan", "native", "chain", "passes",
+    "reference", "operator", "__init__",
 )  # fmt: skip
 MODULES = sorted({*FILES, "kernels"})
 

@@ -8,17 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import (
-    POINTER,
-    Structure,
-    byref,
-    c_char_p,
-    c_double,
-    c_float,
-    c_int32,
-    c_int64,
-    c_void_p,
-)
+from ctypes import POINTER, byref, c_char_p, c_double, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,69 +19,14 @@ from torch import Tensor
 
 from el_convert.kernels.buffers import MapPool, shared_pool
 from el_convert.kernels.geometry import ConvGeometry
+from el_convert.kernels.structures import ElCall, ElEpilogue, ElGeometry, ElLinear, ElPool
 
-ABI = 9
+ABI = 10
 LINK_KINDS = ("none", "identity", "expand", "mean", "sum")
 ACTIVATION_KINDS = ("none", "clamp", "prelu", "silu", "hardswish")
 INSTRUCTION_SET_VARIABLE = "EL_CONVERT_ISA"
 """Environment variable: "avx512vpopcntdq", "avx512", "avx2", "neon", "portable"; or "none", for
 plain torch."""
-
-
-class _Geometry(Structure):
-    _fields_ = [
-        (name, c_int32)
-        for name in (
-            "in_channels", "out_channels", "groups", "kernel_h", "kernel_w", "stride_h",
-            "stride_w", "dilation_h", "dilation_w", "top", "bottom", "left", "right",
-        )
-    ]  # fmt: skip
-
-
-class _Epilogue(Structure):
-    _fields_ = [
-        *[
-            (name, c_void_p)
-            for name in (
-                "threshold", "scale", "bias", "gamma", "norm_scale", "norm_shift", "slope",
-                "act_in", "act_out",
-            )
-        ],
-        ("low", c_float),
-        ("high", c_float),
-        *[
-            (name, c_int32)
-            for name in (
-                "link", "link_after_norm", "activation", "residual_last", "link_pooled",
-            )
-        ],
-    ]  # fmt: skip
-
-
-class _Call(Structure):
-    _fields_ = [
-        *[(name, c_void_p) for name in ("input", "link", "residual", "output")],
-        *[(name, c_int64) for name in ("batch", "height", "width", "out_height", "out_width")],
-        ("threads", c_int32),
-        ("reserved", c_int32),
-    ]
-
-
-class _Pool(Structure):
-    _fields_ = [
-        *[(name, c_void_p) for name in ("input", "output")],
-        *[
-            (name, c_int64)
-            for name in ("batch", "height", "width", "channels", "out_height", "out_width")
-        ],
-        *[
-            (name, c_int32)
-            for name in (
-                "kernel_h", "kernel_w", "stride_h", "stride_w", "top", "left", "threads",
-                "reserved",
-            )
-        ],
-    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,12 +67,13 @@ class Engine:
             raise OSError(f"{path} belongs to another version of el_convert")
         library.el_isa_name.restype = c_char_p
         library.el_create.restype = c_void_p
-        library.el_create.argtypes = [POINTER(_Geometry), c_void_p, c_char_p]
+        library.el_create.argtypes = [POINTER(ElGeometry), c_void_p, c_char_p]
         library.el_destroy.argtypes = [c_void_p]
         library.el_destroy.restype = None
         library.el_run.argtypes = [c_void_p, c_void_p, c_void_p]
         library.el_chain_run.argtypes = [c_void_p]
         library.el_pool_run.argtypes = [c_void_p, c_void_p, c_char_p]
+        library.el_linear_run.argtypes = [c_void_p, c_char_p]
         library.el_pass_run.argtypes = [c_void_p, c_char_p]
         library.el_peak.restype = c_double
         library.el_peak.argtypes = [c_char_p, ctypes.c_int]
@@ -167,7 +103,7 @@ class Engine:
         shape = (geometry.out_channels, geometry.bytes_per_output)
         if tuple(bits.shape) != shape or bits.dtype != torch.uint8:
             raise ValueError(f"packed weights are {tuple(bits.shape)}, not {shape} uint8")
-        native = _Geometry(
+        native = ElGeometry(
             geometry.in_channels, geometry.out_channels, geometry.groups, *geometry.kernel,
             *geometry.stride, *geometry.dilation, *geometry.padding,
         )  # fmt: skip
@@ -193,13 +129,31 @@ class Engine:
         batch, channels, height, width = input.shape
         size = pool.output_size(height, width)
         output = maps.take(batch, channels, *size)
-        call = _Pool(
+        call = ElPool(
             input.data_ptr(), output.data_ptr(), batch, height, width, channels, *size,
             *pool.kernel, *pool.stride, *pool.padding, torch.get_num_threads(),
         )  # fmt: skip
         name = self.isa.encode() if self.isa else None
         if self._library.el_pool_run(byref(epilogue.native), byref(call), name):
             raise MemoryError("the pooling could not get its scratch memory")
+        return output
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A linear layer for few inputs, as fast as its weights can be read.
+
+        Args:
+            input, weight, bias: (N, in), (out, in) and (out,), float32 on the CPU, contiguous.
+
+        Returns:
+            (N, out).
+        """
+        (batch, inputs), outputs = input.shape, weight.shape[0]
+        output = input.new_empty(batch, outputs)
+        call = ElLinear(
+            input.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(),
+            output.data_ptr(), batch, inputs, outputs, torch.get_num_threads(),
+        )  # fmt: skip
+        self._library.el_linear_run(byref(call), self.isa.encode() if self.isa else None)
         return output
 
     def run_chain(self, chain: Any) -> int:
@@ -253,7 +207,7 @@ class Epilogue:
             raise ValueError("a norm needs both its scale and its shift")
         self.kept_alive = [v for v in vectors.values() if v is not None]
         self.link = link
-        self.native = _Epilogue(
+        self.native = ElEpilogue(
             low=low,
             high=high,
             link=LINK_KINDS.index(link),
@@ -314,7 +268,7 @@ class NativeConv:
         batch, _, height, width = input.shape
         out_height, out_width = self._output_size((height, width))
         output = self._take(batch, self._channels, out_height, out_width)
-        call = _Call(
+        call = ElCall(
             input.data_ptr(),
             None if link is None else link.data_ptr(),
             None if residual is None else residual.data_ptr(),

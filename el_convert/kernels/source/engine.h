@@ -10,7 +10,7 @@
 #define EL_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define EL_ABI 9
+#define EL_ABI 10
 
 #ifdef __cplusplus
 extern "C" {
@@ -105,6 +105,14 @@ typedef struct {
     int32_t threads, reserved;
 } el_pool;
 
+// output = input weight^T + bias, all float32 and contiguous: (N, in), (out, in), (out) or null.
+typedef struct {
+    const float *input, *weight, *bias;
+    float *output;  // (N, out)
+    int64_t batch, in_features, out_features;
+    int32_t threads, reserved;
+} el_linear;
+
 enum el_pass_kind {
     EL_PASS_SIGN,              // out = b(x), +1 where x > 0, else -1
     EL_PASS_SIGN_GRAD,         // out = s(x) g (+ vector), s the surrogate of the sign's derivative
@@ -153,6 +161,9 @@ EL_EXPORT int el_chain_run(const el_chain *chain);
 // 0, or -1 where there is no memory or the instruction set is unknown (null: the best). Every
 // window must see the map.
 EL_EXPORT int el_pool_run(const el_epilogue *epilogue, const el_pool *pool, const char *isa);
+
+// 0, or -1 where the instruction set is unknown (null: the best).
+EL_EXPORT int el_linear_run(const el_linear *linear, const char *isa);
 
 // 0, or -1 where the instruction set is unknown (null: the best).
 EL_EXPORT int el_pass_run(const el_pass *pass, const char *isa);

@@ -8,4 +8,5 @@
 #include "epilogue.inl"
 #include "strip.inl"
 #include "pool.inl"
+#include "linear.inl"
 #include "passes.inl"

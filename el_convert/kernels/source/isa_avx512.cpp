@@ -32,11 +32,11 @@ static bool available() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
 }
 const Isa kAvx512 = {"avx512", available, Simd::kBytes, Simd::kMaxBlock, kCounting,
-                     run_strip, pool_rows, pass_rows, peak};
+                     run_strip, pool_rows, linear_rows, pass_rows, peak};
 }  // namespace el
 #else
 namespace el {
 static bool available() { return false; }
-const Isa kAvx512 = {"avx512", available, 0, 0, {}, nullptr, nullptr, nullptr, nullptr};
+const Isa kAvx512 = {"avx512", available, 0, 0, {}, nullptr, nullptr, nullptr, nullptr, nullptr};
 }  // namespace el
 #endif

@@ -33,11 +33,11 @@ static bool available() {
            __builtin_cpu_supports("avx512vpopcntdq");
 }
 const Isa kAvx512Vpopcntdq = {"avx512vpopcntdq", available, Simd::kBytes, Simd::kMaxBlock, kCounting,
-                              run_strip, pool_rows, pass_rows, peak};
+                              run_strip, pool_rows, linear_rows, pass_rows, peak};
 }  // namespace el
 #else
 namespace el {
 static bool available() { return false; }
-const Isa kAvx512Vpopcntdq = {"avx512vpopcntdq", available, 0, 0, {}, nullptr, nullptr, nullptr, nullptr};
+const Isa kAvx512Vpopcntdq = {"avx512vpopcntdq", available, 0, 0, {}, nullptr, nullptr, nullptr, nullptr, nullptr};
 }  // namespace el
 #endif

@@ -10,5 +10,5 @@ namespace {
 
 static bool available() { return true; }
 const Isa kPortable = {"portable", available, Simd::kBytes, Simd::kMaxBlock, kCounting,
-                       run_strip, pool_rows, pass_rows, peak};
+                       run_strip, pool_rows, linear_rows, pass_rows, peak};
 }  // namespace el

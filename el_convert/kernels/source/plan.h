@@ -86,6 +86,7 @@ struct Isa {
     void (*strip)(const Work &work, const Strip &strip, uint8_t *scratch);
     void (*pool)(const el_epilogue &epilogue, const el_pool &pool, int64_t image, int64_t begin,
                  int64_t end, float *rows);
+    void (*linear)(const el_linear &linear, int64_t begin, int64_t end);
     void (*pass)(const el_pass &pass, int64_t begin, int64_t end);
     double (*peak)(int rounds);
 };
