@@ -13,7 +13,13 @@ setup(
             sorted(map(str, SOURCE.glob("*.cpp"))),
             depends=sorted(str(path) for kind in ("*.h", "*.inl") for path in SOURCE.glob(kind)),
             # Each file asks for its own instruction set: these are the flags of any machine.
-            extra_compile_args="-O3 -std=c++11 -ffp-contract=off -fvisibility=hidden -g0".split(),
+            extra_compile_args=[
+                "-O3",
+                "-std=c++11",
+                "-ffp-contract=off",
+                "-fvisibility=hidden",
+                "-g0",
+            ],
             language="c++",
             optional=True,  # without a compiler packed layers run in plain torch
         )
