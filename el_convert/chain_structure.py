@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.modules.module as torch_module
 from torch import Tensor, fx, nn
 
+from el_convert.fast_path import is_vector
 from el_convert.fusion import TAIL_TENSORS
 from el_convert.kernels.version import Marks
 from el_convert.packed import PackedConv
@@ -17,7 +18,7 @@ from el_convert.tail import Tail
 
 _NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, nn.Dropout2d)
 _SEQUENTIALS = ("Sequential", "PackedSequential")  # subclasses may compute anything
-_BUFFERS = ("bits", "threshold", "scale", "bias", "norm_scale", "norm_shift")
+_VECTORS = ("scale", "bias", "norm_scale", "norm_shift")
 _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 
 Attribute = tuple[dict[str, Any], str]
@@ -66,6 +67,7 @@ class Layout:
     _sizes: list[tuple[dict[str, Any], int]] = field(default_factory=list)
     _hooks: list[Any] = field(default_factory=lambda: list(_GLOBAL_HOOKS))
     _tensors: list[Tensor] = field(default_factory=list)
+    _copied: list[int] = field(default_factory=list)
     _marks: Marks = field(default_factory=lambda: Marks([]))
 
     @property
@@ -86,19 +88,30 @@ class Layout:
         """Whether anything is called before or after a module's forward."""
         return any(self._hooks)
 
-    def watch(self, owner: dict[str, Any], *names: str) -> None:
-        """Remember what an object's attributes are now."""
+    def watch(self, owner: dict[str, Any], *names: str, channels: int = 0) -> None:
+        """Remember what an object's attributes are now.
+
+        Args:
+            owner: of the attributes.
+            names: theirs.
+            channels: that tensors have which the engine reads where they lie.
+        """
         for name in names:
             value = owner.get(name)
             self._owners.append(owner)
             self._names.append(name)
             self._values.append(value)
             if isinstance(value, Tensor):
+                if not is_vector(value, channels):
+                    self._copied.append(len(self._tensors))
                 self._tensors.append(value)
 
     def watch_module(self, module: nn.Module, hooks: bool) -> None:
         """Remember a module's parts and mode, and look at its hooks later on."""
-        self.watch(module.__dict__, "training", "forward", "_code")
+        names = ("training", "forward")
+        self.watch(
+            module.__dict__, *names, *(["_code"] if isinstance(module, fx.GraphModule) else [])
+        )
         self.watch(module._modules, *module._modules)
         self._sizes.append((module._modules, len(module._modules)))
         if hooks:
@@ -107,7 +120,7 @@ class Layout:
     def close(self, value: int | None) -> Layout:
         """End with the value that is the modules' output; None where there is more than calls."""
         self.whole = value is not None and 0 < value == len(self.calls)
-        self._marks = Marks(self._tensors)
+        self._marks = Marks(self._tensors, self._copied)
         return self
 
 
@@ -154,15 +167,19 @@ def _runs_as_written(module: nn.Module, layout: Layout, hooks: bool) -> bool:
 
 def _call(layout: Layout, call: Call) -> int:
     layer = call.layer
-    layout.watch(layer._buffers, *_BUFFERS)
+    channels = layer.out_channels
+    layout.watch(layer._buffers, "bits")
+    layout.watch(layer._buffers, "threshold", channels=layer.in_channels)
+    layout.watch(layer._buffers, *_VECTORS, channels=channels)
     layout.watch(layer.__dict__, "tail")
     link = layer._modules["link"]
     if link is not None:
         layout.watch_module(link, hooks=True)
-        layout.watch(link._parameters, "gamma")
-        layout.watch(link._buffers, "gamma")
-    for owner, name in call.tensors.values():
-        layout.watch(owner, name)
+        layout.watch(link._parameters, "gamma", channels=channels)
+        layout.watch(link._buffers, "gamma", channels=channels)
+    for kind, (owner, name) in call.tensors.items():
+        # The engine has another sign of what is taken away.
+        layout.watch(owner, name, channels=0 if kind == "shift_in" else channels)
     layout.calls.append(call)
     return len(layout.calls)
 

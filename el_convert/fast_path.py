@@ -233,6 +233,12 @@ def _aligns(
     return bool(link.spatial_kind) or size != output or channels
 
 
+def is_vector(values: Tensor, channels: int) -> bool:
+    """Whether `vector` gives its own memory: what is changed there, the engine sees."""
+    plain = values.dtype is torch.float32 and values.is_cpu and values.is_contiguous()
+    return plain and values.numel() == channels
+
+
 def vector(values: Tensor | None, channels: int) -> Tensor | None:
     """One float32 value per channel, contiguous."""
     if values is None:

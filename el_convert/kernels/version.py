@@ -19,17 +19,23 @@ class Marks:
 
     Args:
         tensors: to be watched.
+        copied: numbers of those whose values were copied and must stay as they are, by default
+            all. Others are read where they lie, and only have to stay there.
 
     Example:
         >>> values = torch.zeros(2)
         >>> marks = Marks([values])
         >>> marks.hold([values]), marks.hold([values.add_(1)])
         (True, False)
+        >>> Marks([values], copied=[]).hold([values.add_(1)])
+        True
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], copied: Sequence[int] | None = None) -> None:
+        numbers = range(len(tensors)) if copied is None else copied
         self._places = list(map(_place, tensors))
-        self._copies = {i: t.clone() for i, t in enumerate(tensors) if t.is_inference()}
+        self._copies = {i: tensors[i].clone() for i in numbers if tensors[i].is_inference()}
+        self._counted = [i for i in numbers if i not in self._copies]
         self._counts = self._count(tensors)
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
@@ -41,6 +47,4 @@ class Marks:
         )
 
     def _count(self, tensors: Sequence[Tensor]) -> list[int]:
-        if not self._copies:
-            return list(map(_version, tensors))
-        return [t._version for i, t in enumerate(tensors) if i not in self._copies]
+        return [_version(tensors[i]) for i in self._counted]
