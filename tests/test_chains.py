@@ -266,13 +266,14 @@ def test_changes_are_seen(change: Callable[[Any], None]) -> None:
         assert not torch.equal(given, before)
 
 
-def test_activations_tensors_are_seen() -> None:
+@pytest.mark.parametrize("kind", ["slope", "shift_in", "shift_out"])
+def test_activations_tensors_are_seen(kind: str) -> None:
     model, x = small("elastic-reactnet"), torch.randn(1, 3, 64, 64)
     before, _ = both(model, x)
-    slopes = [p for name, p in model.layer2.named_parameters() if name.endswith("slope")]
-    assert slopes
+    found = [p for name, p in model.layer2.named_parameters() if name.endswith(kind)]
+    assert found
     with torch.no_grad():
-        slopes[0].add_(1)
+        found[0].add_(1)
     given, expected = both(model, x)
     assert torch.equal(given, expected)
     assert not torch.equal(given, before)

@@ -82,22 +82,24 @@ static void pack_rows(const Work &work, const Strip &strip, int group, const Scr
 }
 
 // The last channels, fewer than a vector of bytes; the map is padded to whole vectors.
-static inline void pack_last_bytes(const float *x, const float *threshold, int from, int channels,
-                                   uint8_t *pixel) {
-    float own[Simd::kBytes] = {0}, limit[Simd::kBytes] = {0};
-    const size_t bytes = static_cast<size_t>(channels - from) * sizeof *x;
-    memcpy(own, x + from, bytes);
-    if (threshold) memcpy(limit, threshold + from, bytes);
-    Simd::store(pixel + from, Simd::sign_bytes(own, limit));
+static inline void pack_last_bytes(const float *x, const float *limit, int count, uint8_t *pixel) {
+    float own[Simd::kBytes] = {0};
+    memcpy(own, x, static_cast<size_t>(count) * sizeof *x);
+    Simd::store(pixel, Simd::sign_bytes(own, limit));
 }
 
 // Depthwise: a byte per channel, 0 or 1.
 static void pack_bytes(const Work &work, const Strip &strip, const Scratch &at, uint8_t *scratch) {
     const Convolution &conv = *work.conv;
     const el_call &call = *work.call;
-    const int channels = conv.shape.in_channels;
+    const int channels = conv.shape.in_channels, last = channels % Simd::kBytes;
     const float *threshold = work.epilogue->threshold;
-    const int64_t left = conv.shape.left;
+    float padded[Simd::kBytes] = {0};
+    if (threshold && last)
+        memcpy(padded, threshold + channels - last, static_cast<size_t>(last) * sizeof *padded);
+    const float *limit = threshold ? padded : nullptr;
+    const float *beyond = call.input + call.batch * call.height * call.width * channels;
+    const int64_t left = conv.shape.left, width = conv.padded_out;
     const int64_t end = max64(0, min64(call.width, at.columns - left));
     for (int64_t row = 0; row < at.rows; row++) {
         uint8_t *out = scratch + at.map + row * at.row_bytes;
@@ -105,12 +107,15 @@ static void pack_bytes(const Work &work, const Strip &strip, const Scratch &at, 
         const int64_t y = map_row(conv, strip, row);
         if (y < 0 || y >= call.height) continue;
         const float *x = call.input + ((strip.image * call.height + y) * call.width) * channels;
-        for (int64_t i = 0; i < end; i++, x += channels) {
-            uint8_t *pixel = out + (left + i) * conv.padded_out;
+        uint8_t *pixel = out + left * width;
+        for (int64_t i = 0; i < end; i++, x += channels, pixel += width) {
             int c = 0;
             for (; c + Simd::kBytes <= channels; c += Simd::kBytes)
                 Simd::store(pixel + c, Simd::sign_bytes(x + c, threshold ? threshold + c : nullptr));
-            if (c < channels) pack_last_bytes(x, threshold, c, channels, pixel);
+            if (!last) continue;
+            // Beyond the last channel lie the next pixel's, whose counts nobody reads.
+            if (beyond - x >= c + Simd::kBytes) Simd::store(pixel + c, Simd::sign_bytes(x + c, limit));
+            else pack_last_bytes(x + c, limit, last, pixel + c);
         }
     }
 }

@@ -8,6 +8,15 @@
 #include "engine.h"
 #include "shares.h"
 
+// Arrays of vectors stay in registers only where loops over them are gone.
+#if defined(__clang__)
+#define EL_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define EL_UNROLL _Pragma("GCC unroll 8")
+#else
+#define EL_UNROLL
+#endif
+
 namespace el {
 
 constexpr int kRunPixels = 16;

@@ -16,13 +16,6 @@ static int popcount_lane(int index) {
 // Counts do not overflow: a run is never cut. Weights are read ahead from the second-level cache.
 const Counting kCounting = {kChannels, kPixels, kWideTile, kGather, 1 << 30, 1, 65536, popcount_lane};
 
-// Counts stay in registers only where loops over them are gone.
-#if defined(__clang__)
-#define EL_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define EL_UNROLL _Pragma("GCC unroll 8")
-#endif
-
 // Columns of the map: the bits as they are.
 static inline void fill_map(const Convolution &conv, const uint8_t *bits, int64_t, int64_t columns,
                             uint8_t *out) {

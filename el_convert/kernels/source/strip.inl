@@ -139,22 +139,43 @@ static void count_block(const Convolution &conv, const Strip &strip, int block,
 }
 
 // Depthwise: one row of output pixels, one vector of channels; counts fit in bytes.
-template <int kTaps>
 static inline void depthwise_row(const Convolution &conv, const uint8_t *map,
                                  const ptrdiff_t *taps, const uint8_t *weight, int64_t count,
                                  uint16_t *sums) {
     typedef Simd::Bytes Bytes;
-    const int n = kTaps ? kTaps : conv.taps;
-    const ptrdiff_t step = static_cast<ptrdiff_t>(conv.shape.stride_w) * conv.padded_out;
-    Bytes own[kTaps ? kTaps : 1];
-    for (int t = 0; t < kTaps; t++) own[t] = Simd::load(weight + t * conv.padded_out);
-    for (int64_t x = 0; x < count; x++, map += step, sums += conv.padded_out) {
+    const int n = conv.taps;
+    const ptrdiff_t width = conv.padded_out, step = conv.shape.stride_w * width;
+    for (int64_t x = 0; x < count; x++, map += step, sums += width) {
         Bytes total = Simd::zero();
-        for (int t = 0; t < n; t++) {
-            const Bytes w = kTaps ? own[t] : Simd::load(weight + t * conv.padded_out);
-            total = Simd::add(total, Simd::differ(Simd::load(map + taps[t]), w));
-        }
+        for (int t = 0; t < n; t++)
+            total = Simd::add(total, Simd::differ(Simd::load(map + taps[t]),
+                                                  Simd::load(weight + t * width)));
         Simd::widen(sums, total);
+    }
+}
+
+// The same for kernels of 3x3, whose weights stay in registers.
+static inline void depthwise_row_3x3(const Convolution &conv, const uint8_t *map,
+                                     const ptrdiff_t *taps, const uint8_t *weight, int64_t count,
+                                     uint16_t *sums) {
+    typedef Simd::Bytes Bytes;
+    const ptrdiff_t width = conv.padded_out, step = conv.shape.stride_w * width, right = taps[1];
+    const uint8_t *rows[3] = {map, map + taps[3], map + taps[6]};
+    Bytes own[3][3];
+    EL_UNROLL
+    for (int y = 0; y < 3; y++)
+        EL_UNROLL
+        for (int x = 0; x < 3; x++) own[y][x] = Simd::load(weight + (3 * y + x) * width);
+    for (int64_t i = 0; i < count; i++, sums += width) {
+        Bytes total[3];
+        EL_UNROLL
+        for (int y = 0; y < 3; y++, rows[y - 1] += step) {
+            const Bytes a = Simd::differ(Simd::load(rows[y]), own[y][0]);
+            const Bytes b = Simd::differ(Simd::load(rows[y] + right), own[y][1]);
+            const Bytes c = Simd::differ(Simd::load(rows[y] + 2 * right), own[y][2]);
+            total[y] = Simd::add(Simd::add(a, b), c);
+        }
+        Simd::widen(sums, Simd::add(Simd::add(total[0], total[1]), total[2]));
     }
 }
 
@@ -174,10 +195,10 @@ static void depthwise_strip(const Work &work, const Strip &strip, const Scratch 
     for (int64_t y = 0; y < strip.row_end - strip.row_begin; y++) {
         const uint8_t *map = scratch + at.map + y * shape.stride_h * at.row_bytes;
         for (int c = 0; c < conv.padded_out; c += Simd::kBytes) {
-            if (conv.taps == 9)
-                depthwise_row<9>(conv, map + c, taps, conv.weight + c, width, sums + c);
+            if (shape.kernel_h == 3 && shape.kernel_w == 3)
+                depthwise_row_3x3(conv, map + c, taps, conv.weight + c, width, sums + c);
             else
-                depthwise_row<0>(conv, map + c, taps, conv.weight + c, width, sums + c);
+                depthwise_row(conv, map + c, taps, conv.weight + c, width, sums + c);
         }
         sums += width * conv.padded_out;
     }
