@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import is_
 from typing import Any, Protocol
 
 import torch
@@ -55,7 +57,7 @@ class Prepared:
     ) -> None:
         self.sources = sources
         self.tensors = [source for source in sources if isinstance(source, Tensor)]
-        self.marks = Marks(self.tensors)
+        self.marks = Marks(self.tensors, _copied(layer, tail, self.tensors))
         self.size = size
         self.native = native
         height, width = native.geometry.output_size(size)
@@ -67,10 +69,8 @@ class Prepared:
 
     def serves(self, sources: tuple[Any, ...], size: torch.Size) -> bool:
         """Whether it is for this size, and no tensor was exchanged or changed since."""
-        for known, source in zip(self.sources, sources, strict=True):
-            if known is not source:
-                return False
-        return self.size == size[2:] and self.marks.hold(self.tensors)
+        same = self.size == size[2:] and all(map(is_, self.sources, sources))
+        return same and self.marks.hold(self.tensors)
 
 
 class FastPath:
@@ -205,6 +205,17 @@ def _sources(layer: PackedLayer, tail: Tail) -> tuple[Any, ...]:
         tail.shift_in,
         tail.shift_out,
     )
+
+
+def _copied(layer: PackedLayer, tail: Tail, tensors: Sequence[Tensor]) -> list[int]:
+    """Numbers of those that the engine does not read where they lie."""
+
+    def is_copied(tensor: Tensor) -> bool:
+        channels = layer.in_channels if tensor is layer.threshold else layer.out_channels
+        # The engine has another sign of what is taken away.
+        return tensor is tail.shift_in or not is_vector(tensor, channels)
+
+    return [number for number, tensor in enumerate(tensors) if is_copied(tensor)]
 
 
 def _pools(layer: PackedLayer, kind: str, size: tuple[int, int], output: tuple[int, int]) -> bool:

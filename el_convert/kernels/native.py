@@ -19,7 +19,7 @@ from torch import Tensor
 
 from el_convert.kernels.buffers import MapPool, shared_pool
 from el_convert.kernels.geometry import ConvGeometry
-from el_convert.kernels.structures import ElCall, ElEpilogue, ElGeometry, ElLinear, ElPool
+from el_convert.kernels.structures import ElEpilogue, ElGeometry, ElLinear, ElPool, pack_call
 
 ABI = 10
 LINK_KINDS = ("none", "identity", "expand", "mean", "sum")
@@ -268,10 +268,10 @@ class NativeConv:
         batch, _, height, width = input.shape
         out_height, out_width = self._output_size((height, width))
         output = self._take(batch, self._channels, out_height, out_width)
-        call = ElCall(
+        call = pack_call(
             input.data_ptr(),
-            None if link is None else link.data_ptr(),
-            None if residual is None else residual.data_ptr(),
+            0 if link is None else link.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
             output.data_ptr(),
             batch,
             height,
@@ -279,8 +279,9 @@ class NativeConv:
             out_height,
             out_width,
             torch.get_num_threads(),
+            0,
         )
-        if self._run(self._handle, epilogue.address, byref(call)):
+        if self._run(self._handle, epilogue.address, call):
             raise MemoryError("the 1-bit convolution could not get its scratch memory")
         return output
 
