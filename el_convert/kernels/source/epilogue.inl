@@ -107,10 +107,8 @@ static void finish_run(const Work &work, const Run &run, const Link &link) {
     if (e.activation == EL_ACT_PRELU)
         return residual ? finish_steps<UsualSteps<true, EL_ACT_PRELU>>(e, run, link, place)
                         : finish_steps<UsualSteps<false, EL_ACT_PRELU>>(e, run, link, place);
-    el_epilogue clamped = e;  // to what changes nothing, where there is no activation
-    if (e.activation == EL_ACT_NONE) clamped.low = -INFINITY, clamped.high = INFINITY;
-    return residual ? finish_steps<UsualSteps<true, EL_ACT_CLAMP>>(clamped, run, link, place)
-                    : finish_steps<UsualSteps<false, EL_ACT_CLAMP>>(clamped, run, link, place);
+    return residual ? finish_steps<UsualSteps<true, EL_ACT_CLAMP>>(clamped(e), run, link, place)
+                    : finish_steps<UsualSteps<false, EL_ACT_CLAMP>>(clamped(e), run, link, place);
 }
 
 // How often a channel is repeated, or how many are summed; 0 where that is no whole number.

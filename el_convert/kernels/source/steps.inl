@@ -26,8 +26,20 @@ struct UsualSteps {
     static inline bool shifts(const float *) { return false; }
 };
 
-static inline bool is_usual(const el_epilogue &e, bool residual) {
+// Whether norm and activation are the usual ones.
+static inline bool ends_usually(const el_epilogue &e) {
     const bool simple = e.activation != EL_ACT_SILU && e.activation != EL_ACT_HARDSWISH;
-    return simple && e.scale && !e.bias && e.norm_scale && !e.link_after_norm && !e.act_in &&
-           !e.act_out && !(residual && e.residual_last);
+    return simple && e.norm_scale && !e.act_in && !e.act_out;
+}
+
+static inline bool is_usual(const el_epilogue &e, bool residual) {
+    return ends_usually(e) && e.scale && !e.bias && !e.link_after_norm &&
+           !(residual && e.residual_last);
+}
+
+// A clamp to what changes nothing, where there is no activation.
+static inline el_epilogue clamped(const el_epilogue &epilogue) {
+    el_epilogue e = epilogue;
+    if (e.activation == EL_ACT_NONE) e.low = -INFINITY, e.high = INFINITY;
+    return e;
 }
