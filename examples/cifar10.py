@@ -107,6 +107,9 @@ ABLATIONS = {
     }.items()
     for value in values
 } | {
+    "activation.replacement=identity": Row(
+        "elastic-link", (("activation.replacement", "identity"),), 3
+    ),
     # No norm follows the sum then: with gamma at 3 the maps grow without bounds.
     "place=after-norm, gamma_init=1": Row(
         "elastic-link", (("link.place", "after-norm"), ("link.gamma_init", "1"))
