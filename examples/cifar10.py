@@ -101,7 +101,7 @@ ABLATIONS = {
         "link.squeeze": ("sum", "slice"),
         "link.expand": ("tile", "zero"),
         "link.downsample": ("max", "slice"),
-        "activation.replacement": ("keep", "rprelu", "identity"),
+        "activation.replacement": ("keep", "rprelu"),
         "input.threshold": ("learned",),
         "input.scale": ("xnor",),
     }.items()
