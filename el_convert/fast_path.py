@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from el_convert.kernels import ConvGeometry, engine
-from el_convert.kernels.native import Epilogue, NativeConv
+from el_convert.kernels.native import LINK_POOLS, Epilogue, NativeConv
 from el_convert.kernels.version import Marks
 from el_convert.link import ElasticLink, align_channels, align_space
 from el_convert.recipes import Recipe
@@ -63,9 +63,9 @@ class Prepared:
         height, width = native.geometry.output_size(size)
         self.output = (layer.out_channels, height, width)
         kind = "none" if layer.link is None else _link_kind(layer.link)
-        pooled = layer.link is not None and _pools(layer, kind, size, (height, width))
-        self.epilogue = _epilogue(layer, tail, kind, pooled)
-        self.aligns = not pooled and _aligns(layer.link, size, (height, width), kind)
+        pools = layer.link is not None and _pools(layer, kind, size, (height, width))
+        self.epilogue = _epilogue(layer, tail, kind, pools)
+        self.aligns = not pools and _aligns(layer.link, size, (height, width), kind)
 
     def serves(self, sources: tuple[Any, ...], size: torch.Size) -> bool:
         """Whether it is for this size, and no tensor was exchanged or changed since."""
@@ -219,7 +219,7 @@ def _copied(layer: PackedLayer, tail: Tail, tensors: Sequence[Tensor]) -> list[i
 
 
 def _pools(layer: PackedLayer, kind: str, size: tuple[int, int], output: tuple[int, int]) -> bool:
-    """Whether the engine averages the link's windows of 2x2 pixels itself."""
+    """Whether the engine pools the link's windows of 2x2 pixels itself."""
     link = layer.link
     assert link is not None  # noqa: S101  # the caller asks for layers with a link
     geometry = link.geometry
@@ -227,7 +227,7 @@ def _pools(layer: PackedLayer, kind: str, size: tuple[int, int], output: tuple[i
     matched = kind == "expand" or have in ((2 * want, 4 * want) if kind != "identity" else (want,))
     return (
         matched
-        and link.options.downsample == "average"
+        and link.options.downsample in LINK_POOLS
         and geometry.stride == (2, 2)
         and not any(geometry.offset)
         and size == (2 * output[0], 2 * output[1])
@@ -270,7 +270,7 @@ def activation_options(tail: Tail, channels: int) -> dict[str, Any]:
     }
 
 
-def _epilogue(layer: PackedLayer, tail: Tail, link_kind: str, pooled: bool) -> Epilogue:
+def _epilogue(layer: PackedLayer, tail: Tail, link_kind: str, pools: bool) -> Epilogue:
     channels = layer.out_channels
     gamma, link = None, layer.link
     if link is not None:
@@ -278,7 +278,7 @@ def _epilogue(layer: PackedLayer, tail: Tail, link_kind: str, pooled: bool) -> E
         gamma = fixed if link.gamma is None else link.gamma
     return Epilogue(
         link=link_kind,
-        link_pooled=pooled,
+        link_pool=link.options.downsample if link is not None and pools else "none",
         link_after_norm=layer.recipe.link.place == "after-norm",
         residual_last=tail.residual_last,
         threshold=vector(layer.threshold, layer.in_channels),

@@ -107,12 +107,16 @@ def test_recipes_give_the_bits_of_their_layers(recipe: str) -> None:
 
 
 # How many layers are in chains; the last of mobilenetv2 is by itself.
+@pytest.mark.parametrize("downsample", ["average", "max"])
 @pytest.mark.parametrize(
     ("name", "chained"),
     [("resnet18", LAYERS), ("resnet26", 28), ("mobilenetv1_100", 26), ("mobilenetv2_100", 50)],
 )
-def test_plain_networks_are_chains(counts: Counts, name: str, chained: int) -> None:
-    model, x = small(name=name), torch.randn(1, 3, 64, 64)
+def test_plain_networks_are_chains(
+    counts: Counts, name: str, chained: int, downsample: str
+) -> None:
+    recipe = RECIPES["elastic-link"].with_options({"link.downsample": downsample})
+    model, x = small(recipe, name), torch.randn(1, 3, 64, 64)
     layers = sum(isinstance(module, PackedConv) for module in model.modules())
     for _ in range(2):
         with torch.no_grad():

@@ -21,8 +21,9 @@ from el_convert.kernels.buffers import MapPool, shared_pool
 from el_convert.kernels.geometry import ConvGeometry
 from el_convert.kernels.structures import ElEpilogue, ElGeometry, ElLinear, ElPool, pack_call
 
-ABI = 10
+ABI = 11
 LINK_KINDS = ("none", "identity", "expand", "mean", "sum")
+LINK_POOLS = ("none", "average", "max")
 ACTIVATION_KINDS = ("none", "clamp", "prelu", "silu", "hardswish")
 INSTRUCTION_SET_VARIABLE = "EL_CONVERT_ISA"
 """Environment variable: "avx512vpopcntdq", "avx512", "avx2", "neon", "portable"; or "none", for
@@ -178,7 +179,7 @@ class Epilogue:
     Args:
         link: one of `LINK_KINDS`.
         link_after_norm: whether the link is added after the norm.
-        link_pooled: whether the link is averaged over windows of 2x2 pixels first. It then has as
+        link_pool: one of `LINK_POOLS`, over windows of 2x2 pixels. The link then has as
             many channels as the output, 2 or 4 times, or, without groups, 1/2 or 1/4.
         activation: one of `ACTIVATION_KINDS`.
         low, high: of "clamp".
@@ -192,7 +193,7 @@ class Epilogue:
         *,
         link: str = "none",
         link_after_norm: bool = False,
-        link_pooled: bool = False,
+        link_pool: str = "none",
         activation: str = "none",
         low: float = 0.0,
         high: float = float("inf"),
@@ -212,7 +213,7 @@ class Epilogue:
             high=high,
             link=LINK_KINDS.index(link),
             link_after_norm=link_after_norm,
-            link_pooled=link_pooled,
+            link_pooled=LINK_POOLS.index(link_pool),
             activation=ACTIVATION_KINDS.index(activation),
             residual_last=residual_last,
             **{name: v.data_ptr() for name, v in vectors.items() if v is not None},

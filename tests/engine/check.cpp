@@ -42,7 +42,7 @@ struct Case {
     bool saturated;  // all signs of the input the same, and all weights: sums as large as possible
     bool guarded;
     int link, times;  // channels: the larger number is `times` the smaller one; 0 where not whole
-    bool pooled;
+    int pooled;  // an el_link_pool
 
     int taps() const { return shape.kernel_h * shape.kernel_w; }
     int group_in() const { return shape.in_channels / shape.groups; }
@@ -75,7 +75,7 @@ std::string describe(const Case &c) {
              g.stride_w, g.dilation_h, g.dilation_w, g.top, g.bottom, g.left, g.right,
              static_cast<long>(c.batch), static_cast<long>(c.height), static_cast<long>(c.width),
              static_cast<long>(c.out_height), static_cast<long>(c.out_width), c.threads,
-             c.pool ? "" : " without a pool", c.link, c.pooled ? " pooled" : "",
+             c.pool ? "" : " without a pool", c.link, c.pooled == EL_LINK_MAX ? " max" : c.pooled ? " pooled" : "",
              c.saturated ? ", saturated" : "");
     return text;
 }
@@ -240,7 +240,8 @@ Case make_case(long number) {
     c.guarded = number % 2;
     const bool squeezes = c.link == EL_LINK_MEAN || c.link == EL_LINK_SUM;
     const bool in_vectors = !squeezes || c.times == 2 || c.times == 4;
-    c.pooled = c.link != EL_LINK_NONE && in_vectors && random.chance(40);
+    if (c.link != EL_LINK_NONE && in_vectors && random.chance(50))
+        c.pooled = random.chance(50) ? EL_LINK_AVERAGE : EL_LINK_MAX;
     return c;
 }
 
@@ -486,11 +487,15 @@ Estimate link_value(const Job &job, int64_t pixel, int64_t channel) {
         return sum;
     }
     const int64_t row = pixel / c.out_width, column = pixel % c.out_width;
+    float largest = -INFINITY;
     for (int k = 0; k < 4; k++) {
         const int64_t from = (2 * row + k / 2) * 2 * c.out_width + 2 * column + k % 2;
-        sum.add(job.link[from * channels + channel]);
+        const float value = job.link[from * channels + channel];
+        if (value > largest || isnan(value)) largest = value;
+        if (c.pooled == EL_LINK_AVERAGE) sum.add(value);
     }
-    sum.multiply(0.25);
+    if (c.pooled == EL_LINK_MAX) sum.add(largest);
+    else sum.multiply(0.25);
     return sum;
 }
 

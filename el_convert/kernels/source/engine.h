@@ -10,7 +10,7 @@
 #define EL_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define EL_ABI 10
+#define EL_ABI 11
 
 #ifdef __cplusplus
 extern "C" {
@@ -26,6 +26,7 @@ typedef struct {
 // Of C input channels and C' output channels, with C <= C', EXPAND repeats channel floor(c C / C') as
 // channel c; with C >= C', MEAN and SUM take channels floor(c C / C') up to ceil((c + 1) C / C').
 enum el_link { EL_LINK_NONE, EL_LINK_IDENTITY, EL_LINK_EXPAND, EL_LINK_MEAN, EL_LINK_SUM };
+enum el_link_pool { EL_LINK_WHOLE, EL_LINK_AVERAGE, EL_LINK_MAX };
 enum el_activation { EL_ACT_NONE, EL_ACT_CLAMP, EL_ACT_PRELU, EL_ACT_SILU, EL_ACT_HARDSWISH };
 
 // What follows the integer sums, in this order and each rounded as torch rounds it:
@@ -42,7 +43,7 @@ typedef struct {
     const float *scale, *bias, *gamma, *norm_scale, *norm_shift, *slope, *act_in, *act_out;
     float low, high;  // of EL_ACT_CLAMP
     int32_t link, link_after_norm, activation, residual_last;
-    // The link is averaged over windows of 2x2 pixels: el_call.link is then (N, 2 OH, 2 OW, C).
+    // An el_link_pool, over windows of 2x2 pixels: el_call.link is then (N, 2 OH, 2 OW, C).
     // Only with as many channels as the output or fewer, or 2 or 4 times as many.
     int32_t link_pooled;
 } el_epilogue;

@@ -124,13 +124,14 @@ template <bool kPooled>
 static Source<kPooled> link_source(const Work &work, const Run &run, int channels) {
     const el_call &call = *work.call;
     if (!kPooled) {
-        const Source<kPooled> source = {call.link + run.pixel * channels, channels, 0, 0};
+        const Source<kPooled> source = {call.link + run.pixel * channels, channels, 0, 0, false};
         return source;
     }
     const int64_t row = run.pixel / call.out_width, x = run.pixel % call.out_width;
     const int64_t width = 2 * call.out_width;
     const Source<kPooled> source = {call.link + (2 * row * width + 2 * x) * channels, 2 * channels,
-                                    channels, width * channels};
+                                    channels, width * channels,
+                                    work.epilogue->link_pooled == EL_LINK_MAX};
     return source;
 }
 
@@ -198,7 +199,7 @@ static void finish_linked(const Work &work, const Run &run, float *match) {
         squeeze_channels(*work.conv, mean, run.channel, run.channels,
                          work.call->link + run.pixel * work.conv->shape.in_channels, run.count,
                          match);
-        const DirectLink<false> link = {{match, work.conv->padded_out, 0, 0}};
+        const DirectLink<false> link = {{match, work.conv->padded_out, 0, 0, false}};
         finish_run(work, run, link);
     }
 }

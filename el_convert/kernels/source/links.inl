@@ -7,14 +7,16 @@ struct Source {
     const float *from;
     ptrdiff_t step;         // to the next output pixel's
     ptrdiff_t right, down;  // within a window of 2x2
+    bool largest;           // of a window, instead of the mean
     template <class Load>
     Simd::Floats load(const Load &one, int pixel, ptrdiff_t at) const {
         const float *p = from + pixel * step + at;
         if (!kPooled) return one(p);
+        const Simd::Floats a = one(p), b = one(p + right), c = one(p + down);
+        const Simd::Floats d = one(p + down + right);
+        if (largest) return Simd::larger(Simd::larger(a, b), Simd::larger(c, d));
         // In torch's order: the sum of four, rounded each time, and a quarter of it.
-        const Simd::Floats row = Simd::add(one(p), one(p + right));
-        const Simd::Floats sum = Simd::add(Simd::add(row, one(p + down)), one(p + down + right));
-        return Simd::mul(sum, Simd::set(0.25f));
+        return Simd::mul(Simd::add(Simd::add(Simd::add(a, b), c), d), Simd::set(0.25f));
     }
     void skip(int pixels) { from += pixels * step; }
 };
