@@ -83,6 +83,9 @@ ROWS = {
     "elastic-link, float shortcuts, branches on": Row(
         "elastic-link", (*FLOAT_SHORTCUTS, *BRANCHES_ON), 3
     ),
+    "elastic-link, float shortcuts, branches on, max": Row(
+        "elastic-link", (*FLOAT_SHORTCUTS, *BRANCHES_ON, ("link.downsample", "max"))
+    ),
     "plain, branches on": Row("plain", BRANCHES_ON),
     "elastic-link, branches on": Row("elastic-link", BRANCHES_ON),
     "reactnet": Row("reactnet", seeds=3),
