@@ -108,10 +108,9 @@ class Layout:
 
     def watch_module(self, module: nn.Module, hooks: bool) -> None:
         """Remember a module's parts and mode, and look at its hooks later on."""
-        names = ("training", "forward")
-        self.watch(
-            module.__dict__, *names, *(["_code"] if isinstance(module, fx.GraphModule) else [])
-        )
+        self.watch(module.__dict__, "training", "forward")
+        if isinstance(module, fx.GraphModule):
+            self.watch(module.__dict__, "_code")
         self.watch(module._modules, *module._modules)
         self._sizes.append((module._modules, len(module._modules)))
         if hooks:

@@ -151,24 +151,22 @@ def _floats(sources: tuple[Any, ...]) -> bool:
 
 def plain_map(input: Tensor, channels: int | None = None) -> bool:
     """Whether it is an ordinary float32 feature map on the CPU, outside of any tracing."""
-    if _is_compiling() or _is_tracing() or not _float_map(input):
+    if not _plain(input):
         return False
     size = input.shape
-    return (
-        len(size) == 4
-        and (channels is None or size[1] == channels)
-        and 0 not in size
-        and not _dispatch_modes()
-        and not _functorch_active()
-    )
+    return len(size) == 4 and (channels is None or size[1] == channels) and 0 not in size
 
 
 def plain_rows(input: Tensor, features: int) -> bool:
     """Whether it is an ordinary float32 (N, features) on the CPU, outside of any tracing."""
+    return _plain(input) and input.dim() == 2 and input.shape[1] == features
+
+
+def _plain(input: Tensor) -> bool:
+    """Whether the engine can read its memory, and nothing traces or transforms what is done."""
     if _is_compiling() or _is_tracing() or not _float_map(input):
         return False
-    ordinary = not _dispatch_modes() and not _functorch_active()
-    return input.dim() == 2 and input.shape[1] == features and ordinary
+    return not _dispatch_modes() and not _functorch_active()
 
 
 def _float_map(input: Tensor) -> bool:

@@ -10,6 +10,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import needs_engine
 from torch import Tensor, nn
 
 from el_convert.benchmark import pack_untrained
@@ -118,7 +119,7 @@ def test_a_hooked_one_stays() -> None:
     assert not large_linear(nn.Linear(16, 16))
 
 
-@pytest.mark.skipif(engine() is None, reason="there is no native engine")
+@needs_engine
 def test_the_engine_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     _, fast = pair()
     called: list[int] = []

@@ -1,4 +1,4 @@
-"""The structures that the engine is called with, field for field as in `engine.h`."""
+"""What single calls of the engine are given, field for field as in `engine.h`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from struct import Struct
 
 pack_call = Struct("4P5q2i").pack
-"""An `el_call` as bytes, in a third of the time that a `Structure` takes: layers are many."""
+"""An `el_call` as bytes, which are sooner made than a `Structure`: layers are many."""
 
 
 class ElGeometry(Structure):

@@ -75,7 +75,8 @@ std::string describe(const Case &c) {
              g.stride_w, g.dilation_h, g.dilation_w, g.top, g.bottom, g.left, g.right,
              static_cast<long>(c.batch), static_cast<long>(c.height), static_cast<long>(c.width),
              static_cast<long>(c.out_height), static_cast<long>(c.out_width), c.threads,
-             c.pool ? "" : " without a pool", c.link, c.pooled == EL_LINK_MAX ? " max" : c.pooled ? " pooled" : "",
+             c.pool ? "" : " without a pool", c.link,
+             c.pooled == EL_LINK_MAX ? " largest" : c.pooled ? " averaged" : "",
              c.saturated ? ", saturated" : "");
     return text;
 }
