@@ -67,7 +67,7 @@ class LinkOptions:
         gamma_init: where gamma starts; where no norm follows, at most at 1.
         squeeze: channels shrink: "mean" or "sum" over groups, or a "slice" with one of each group.
         expand: channels grow: "repeat" each channel, "tile" the whole block, or append "zero".
-        downsample: stride: "average" or "max" over the stride's window, or a "slice".
+        downsample: stride: "max" or "average" over the stride's window, or a "slice".
     """
 
     enabled: bool = True
@@ -77,7 +77,7 @@ class LinkOptions:
     gamma_init: float = 3.0
     squeeze: Literal["mean", "sum", "slice"] = "mean"
     expand: Literal["repeat", "tile", "zero"] = "repeat"
-    downsample: Literal["average", "max", "slice"] = "average"
+    downsample: Literal["average", "max", "slice"] = "max"
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ class ActivationOptions:
     Attributes:
         replacement: "keep", per-channel "prelu", "rprelu" (ReActNet) or "identity".
         which: the "relu" family (ReLU, ReLU6), or "any" activation.
-        slope: where a PReLU's negative slope starts.
+        slope: where a PReLU's negative slope starts; 1 changes nothing until it is trained.
     """
 
     replacement: Literal["keep", "prelu", "rprelu", "identity"] = "prelu"
     which: Literal["relu", "any"] = "relu"
-    slope: float = 0.25
+    slope: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -298,6 +298,7 @@ _NO_LINK = LinkOptions(enabled=False)
 _BLOCK_SHORTCUT = LinkOptions(where="equal", place="after-norm", gamma="fixed", gamma_init=1.0)
 _REACT_INPUT = InputOptions(threshold="learned")
 _DETACHED = WeightOptions(scale="mean-detached")
+_REACT_ACTIVATION = ActivationOptions("rprelu", "any", slope=0.25)
 _KEEP_SHORTCUT = KeepOptions(shortcut=True)
 _REACT_TRAINING = TrainingOptions(loss="distribution", steps=2)
 
@@ -325,7 +326,7 @@ _TABLE = (
         input=_REACT_INPUT,
         weight=_DETACHED,
         link=_BLOCK_SHORTCUT,
-        activation=ActivationOptions("rprelu", "any"),
+        activation=_REACT_ACTIVATION,
         keep=_KEEP_SHORTCUT,
         training=_REACT_TRAINING,
     ),
@@ -334,7 +335,7 @@ _TABLE = (
         "ReActNet with Elastic-Link gates in place of its shortcuts",
         input=_REACT_INPUT,
         weight=_DETACHED,
-        activation=ActivationOptions("rprelu", "any"),
+        activation=_REACT_ACTIVATION,
         keep=_KEEP_SHORTCUT,
         norm=NormOptions("one"),
         training=_REACT_TRAINING,

@@ -54,40 +54,17 @@ class Row:
 
 
 FLOAT_SHORTCUTS = (("keep.shortcut", "true"),)
-BRANCHES_ON = (("norm.zero_weights", "one"),)
+BRANCHES_ON = (("norm.zero_weights", "one"),)  # last norms of residual branches start at 1, not 0
 THRESHOLDS = (("input.threshold", "learned"),)
 ROWS = {
     "plain": Row("plain", seeds=3),
     "elastic-link": Row("elastic-link", seeds=3),
-    "plain, float shortcuts": Row("plain", FLOAT_SHORTCUTS, 3),
-    "elastic-link, float shortcuts": Row("elastic-link", FLOAT_SHORTCUTS, 3),
-    "plain, float shortcuts, thresholds": Row("plain", (*FLOAT_SHORTCUTS, *THRESHOLDS)),
-    "elastic-link, float shortcuts, thresholds": Row(
-        "elastic-link", (*FLOAT_SHORTCUTS, *THRESHOLDS)
-    ),
-    "elastic-link, float shortcuts, gamma 1": Row(
-        "elastic-link", (*FLOAT_SHORTCUTS, ("link.gamma_init", "1"))
-    ),
-    "elastic-link, float shortcuts, gamma 6": Row(
-        "elastic-link", (*FLOAT_SHORTCUTS, ("link.gamma_init", "6"))
-    ),
-    "elastic-link, float shortcuts, after the norm": Row(
-        "elastic-link",
-        (*FLOAT_SHORTCUTS, ("link.place", "after-norm"), ("link.gamma_init", "1")),
-    ),
-    "elastic-link, float shortcuts, RPReLU": Row(
-        "elastic-link", (*FLOAT_SHORTCUTS, ("activation.replacement", "rprelu"))
-    ),
-    # The last norm of each residual branch starts at 1 here, not at 0.
+    "plain, float shortcuts": Row("plain", FLOAT_SHORTCUTS),
+    "elastic-link, float shortcuts": Row("elastic-link", FLOAT_SHORTCUTS),
     "plain, float shortcuts, branches on": Row("plain", (*FLOAT_SHORTCUTS, *BRANCHES_ON), 3),
     "elastic-link, float shortcuts, branches on": Row(
         "elastic-link", (*FLOAT_SHORTCUTS, *BRANCHES_ON), 3
     ),
-    "elastic-link, float shortcuts, branches on, max": Row(
-        "elastic-link", (*FLOAT_SHORTCUTS, *BRANCHES_ON, ("link.downsample", "max"))
-    ),
-    "plain, branches on": Row("plain", BRANCHES_ON),
-    "elastic-link, branches on": Row("elastic-link", BRANCHES_ON),
     "reactnet": Row("reactnet", seeds=3),
     "elastic-reactnet": Row("elastic-reactnet", (("norm.zero_weights", "keep"),), 3),
     "reactnet, branches on": Row("reactnet", BRANCHES_ON, 3),
@@ -96,31 +73,81 @@ ROWS = {
     "xnor": Row("xnor"),
     "bi-real": Row("bi-real"),
 }
-BETTER = ("max", "identity")  # than the default, at one seed
-ABLATIONS = {
-    f"{field.removeprefix('link.')}={value}": Row(
-        "elastic-link", ((field, value),), 3 if value in BETTER else 1
-    )
-    for field, values in {
+# No norm follows the sum then: with gamma at 3 the maps grow without bounds.
+AFTER_NORM = (("link.place", "after-norm"), ("link.gamma_init", "1"))
+
+
+def ablations(prefix: str, base: tuple[tuple[str, str], ...]) -> dict[str, Row]:
+    """One choice each, changed from `base`."""
+    values = {
         "link.gamma_init": ("0", "0.25", "0.5", "1", "2", "5"),
         "link.gamma": ("scalar", "fixed"),
         "link.squeeze": ("sum", "slice"),
         "link.expand": ("tile", "zero"),
-        "link.downsample": ("max", "slice"),
+        "link.downsample": ("average", "max", "slice"),
         "activation.replacement": ("keep", "rprelu", "identity"),
+        "activation.slope": ("0.25", "0.5"),
         "input.threshold": ("learned",),
         "input.scale": ("xnor",),
-    }.items()
-    for value in values
-} | {
-    "downsample=max, identity": Row(
-        "elastic-link", (("link.downsample", "max"), ("activation.replacement", "identity"))
+    }
+    changes = [(field, value) for field in values for value in values[field]]
+    rows = {
+        f"{prefix}{field.removeprefix('link.')}={value}": Row(
+            "elastic-link", (*base, (field, value)), 3 if (field, value) in TELLING else 1
+        )
+        for field, value in changes
+    }
+    name = f"{prefix}place=after-norm, gamma_init=1"
+    return rows | {name: Row("elastic-link", (*base, *AFTER_NORM))}
+
+
+TELLING = (("activation.slope", "0.25"), ("activation.replacement", "identity"))
+# What the recipes were before the choices that won became the defaults.
+FORMER_SLOPE = (("activation.slope", "0.25"),)
+FORMER = (("link.downsample", "average"), *FORMER_SLOPE)
+BRANCHES_OF = (*FORMER, *FLOAT_SHORTCUTS)
+FORMER_ROWS = {
+    "former plain": Row("plain", FORMER_SLOPE, 3),
+    "former elastic-link": Row("elastic-link", FORMER, 3),
+    "former plain, float shortcuts": Row("plain", (*FORMER_SLOPE, *FLOAT_SHORTCUTS), 3),
+    "former elastic-link, float shortcuts": Row("elastic-link", BRANCHES_OF, 3),
+    "former plain, float shortcuts, thresholds": Row(
+        "plain", (*FORMER_SLOPE, *FLOAT_SHORTCUTS, *THRESHOLDS)
     ),
-    # No norm follows the sum then: with gamma at 3 the maps grow without bounds.
-    "place=after-norm, gamma_init=1": Row(
-        "elastic-link", (("link.place", "after-norm"), ("link.gamma_init", "1"))
+    "former elastic-link, float shortcuts, thresholds": Row(
+        "elastic-link", (*BRANCHES_OF, *THRESHOLDS)
     ),
-}
+    "former elastic-link, float shortcuts, gamma 1": Row(
+        "elastic-link", (*BRANCHES_OF, ("link.gamma_init", "1"))
+    ),
+    "former elastic-link, float shortcuts, gamma 6": Row(
+        "elastic-link", (*BRANCHES_OF, ("link.gamma_init", "6"))
+    ),
+    "former elastic-link, float shortcuts, after the norm": Row(
+        "elastic-link", (*BRANCHES_OF, *AFTER_NORM)
+    ),
+    "former elastic-link, float shortcuts, RPReLU": Row(
+        "elastic-link", (*BRANCHES_OF, ("activation.replacement", "rprelu"))
+    ),
+    "former plain, float shortcuts, branches on": Row(
+        "plain", (*FORMER_SLOPE, *FLOAT_SHORTCUTS, *BRANCHES_ON), 3
+    ),
+    "former elastic-link, float shortcuts, branches on": Row(
+        "elastic-link", (*BRANCHES_OF, *BRANCHES_ON), 3
+    ),
+    "former elastic-link, float shortcuts, branches on, max": Row(
+        "elastic-link", (*FORMER_SLOPE, *FLOAT_SHORTCUTS, *BRANCHES_ON)
+    ),
+    "former plain, branches on": Row("plain", (*FORMER_SLOPE, *BRANCHES_ON)),
+    "former elastic-link, branches on": Row("elastic-link", (*FORMER, *BRANCHES_ON)),
+    "former elastic-reactnet": Row(
+        "elastic-reactnet", (("link.downsample", "average"), ("norm.zero_weights", "keep")), 3
+    ),
+    "former elastic-reactnet, branches on": Row(
+        "elastic-reactnet", (("link.downsample", "average"), *BRANCHES_ON), 3
+    ),
+} | ablations("former ", FORMER)
+ABLATIONS = ablations("", ()) | FORMER_ROWS
 WITH_SHORTCUTS = ("resnet26",)
 
 
