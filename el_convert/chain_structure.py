@@ -11,12 +11,11 @@ import torch.nn.modules.module as torch_module
 from torch import Tensor, fx, nn
 
 from el_convert.fast_path import is_vector
-from el_convert.fusion import TAIL_TENSORS
+from el_convert.fusion import TAIL_TENSORS, does_nothing
 from el_convert.kernels.version import Marks
 from el_convert.packed import PackedConv
 from el_convert.tail import Tail
 
-_NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, nn.Dropout2d)
 _SEQUENTIALS = ("Sequential", "PackedSequential")  # subclasses may compute anything
 _VECTORS = ("scale", "bias", "norm_scale", "norm_shift")
 _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
@@ -155,7 +154,7 @@ def _walk(module: nn.Module, value: int, layout: Layout, *, hooks: bool = True) 
         for part in module:
             given = None if given is None else _walk(part, given, layout)
         return given
-    return value if type(module) in _NOTHING_IN_EVAL else None
+    return value if does_nothing(module) else None
 
 
 def _runs_as_written(module: nn.Module, layout: Layout, hooks: bool) -> bool:

@@ -137,7 +137,7 @@ def apply(model: ModelT, conversion: Conversion) -> ModelT:
             layer = build_activation(change, slope, like)
             new[id(modules[change.path])] = layer.train(modules[change.path].training)
     exchange(model, new)
-    if conversion.recipe.norm.zero_weights == "one":
+    if conversion.recipe.opens_branches:
         _open_branches(model)
     root = cast(ModelT, new.get(id(model), model))  # a convolution may be the model itself
     return record(root, conversion)

@@ -29,9 +29,9 @@ from el_convert.packing import pack
 from el_convert.torch_export import open_program, save_program, torch_program
 
 _NEEDED: dict[str, tuple[str, ...]] = {
-    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "onnx": ("onnx", "onnx_ir", "onnxscript", "onnxruntime"),
     "torch": (),
-    "openvino": ("onnx", "onnxscript", "openvino"),
+    "openvino": ("onnx", "onnx_ir", "onnxscript", "openvino"),
 }
 _BATCHES = (1, 4)  # what a file is tried on: the batch size is free
 

@@ -77,7 +77,7 @@ class LinkOptions:
     gamma_init: float = 3.0
     squeeze: Literal["mean", "sum", "slice"] = "mean"
     expand: Literal["repeat", "tile", "zero"] = "repeat"
-    downsample: Literal["average", "max", "slice"] = "max"
+    downsample: Literal["max", "average", "slice"] = "max"
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,10 @@ class NormOptions:
     Attributes:
         zero_weights: "one" starts norms at 1 whose weights are all 0, as timm's ResNets have the
             last norm of each residual branch: else nothing of a gate within comes through until
-            they have grown. "keep" leaves them.
+            they have grown. "keep" leaves them. "auto" is "one" where shortcuts stay in float.
     """
 
-    zero_weights: Literal["keep", "one"] = "keep"
+    zero_weights: Literal["auto", "keep", "one"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,12 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, kind, value in _leaves(self):
             _check_value(name, kind, value)
+
+    @property
+    def opens_branches(self) -> bool:
+        """Whether norms whose weights are all 0 start at 1; see `NormOptions`."""
+        choice = self.norm.zero_weights
+        return choice == "one" or (choice == "auto" and self.keep.shortcut)
 
     def with_options(self, options: Mapping[str, Any]) -> Recipe:
         """A copy with dotted fields set; text is parsed to the field's type.
@@ -300,6 +306,7 @@ _REACT_INPUT = InputOptions(threshold="learned")
 _DETACHED = WeightOptions(scale="mean-detached")
 _REACT_ACTIVATION = ActivationOptions("rprelu", "any", slope=0.25)
 _KEEP_SHORTCUT = KeepOptions(shortcut=True)
+_ZEROS_STAY = NormOptions("keep")
 _REACT_TRAINING = TrainingOptions(loss="distribution", steps=2)
 
 _TABLE = (
@@ -319,6 +326,7 @@ _TABLE = (
         link=_BLOCK_SHORTCUT,
         activation=ActivationOptions("identity"),
         keep=_KEEP_SHORTCUT,
+        norm=_ZEROS_STAY,
     ),
     Recipe(
         "reactnet",
@@ -328,6 +336,7 @@ _TABLE = (
         link=_BLOCK_SHORTCUT,
         activation=_REACT_ACTIVATION,
         keep=_KEEP_SHORTCUT,
+        norm=_ZEROS_STAY,
         training=_REACT_TRAINING,
     ),
     Recipe(

@@ -3,7 +3,8 @@
     python examples/cifar10.py --train cifar10-train.tar --test cifar10-test.tar
 
 Every line of the CSV is one training; what is there already is not done again, and a training
-that was cut off goes on where it stopped. `--table` prints the README's table of what is there.
+that was cut off goes on where it stopped. `--table` prints the README's tables of what is there:
+of the recipes as they are, and as they were before what won became their defaults.
 Several processes may share a CSV: `--shard 0/2` and `--shard 1/2`.
 """
 
@@ -15,7 +16,7 @@ import io
 import shutil
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ COLUMNS = (
     "model", "row", "seed", "images", "epochs", "batch", "lr", "top1", "top5", "train_loss",
     "seconds", "torch",
 )  # fmt: skip
+IMAGES, EPOCHS = 10_000, 6  # of one training; `--epochs` makes a table of its own
 MODELS = ("resnet26", "mobilenetv1_100", "densenet121")
 
 
@@ -54,21 +56,20 @@ class Row:
 
 
 FLOAT_SHORTCUTS = (("keep.shortcut", "true"),)
-BRANCHES_ON = (("norm.zero_weights", "one"),)  # last norms of residual branches start at 1, not 0
+# Whether the last norms of residual branches start at 1 or at 0.
+BRANCHES_ON, BRANCHES_OFF = ((("norm.zero_weights", choice),) for choice in ("one", "keep"))
 THRESHOLDS = (("input.threshold", "learned"),)
 ROWS = {
     "plain": Row("plain", seeds=3),
     "elastic-link": Row("elastic-link", seeds=3),
-    "plain, float shortcuts": Row("plain", FLOAT_SHORTCUTS),
-    "elastic-link, float shortcuts": Row("elastic-link", FLOAT_SHORTCUTS),
-    "plain, float shortcuts, branches on": Row("plain", (*FLOAT_SHORTCUTS, *BRANCHES_ON), 3),
-    "elastic-link, float shortcuts, branches on": Row(
-        "elastic-link", (*FLOAT_SHORTCUTS, *BRANCHES_ON), 3
+    "plain, float shortcuts": Row("plain", FLOAT_SHORTCUTS, 3),
+    "elastic-link, float shortcuts": Row("elastic-link", FLOAT_SHORTCUTS, 3),
+    "elastic-link, float shortcuts, branches off": Row(
+        "elastic-link", (*FLOAT_SHORTCUTS, *BRANCHES_OFF)
     ),
     "reactnet": Row("reactnet", seeds=3),
-    "elastic-reactnet": Row("elastic-reactnet", (("norm.zero_weights", "keep"),), 3),
     "reactnet, branches on": Row("reactnet", BRANCHES_ON, 3),
-    "elastic-reactnet, branches on": Row("elastic-reactnet", BRANCHES_ON, 3),
+    "elastic-reactnet": Row("elastic-reactnet", seeds=3),
     "float": Row("identity"),
     "xnor": Row("xnor"),
     "bi-real": Row("bi-real"),
@@ -105,38 +106,39 @@ TELLING = (("activation.slope", "0.25"), ("activation.replacement", "identity"))
 # What the recipes were before the choices that won became the defaults.
 FORMER_SLOPE = (("activation.slope", "0.25"),)
 FORMER = (("link.downsample", "average"), *FORMER_SLOPE)
-BRANCHES_OF = (*FORMER, *FLOAT_SHORTCUTS)
+FORMER_SHORTCUTS = (*FLOAT_SHORTCUTS, *BRANCHES_OFF)
+IN_FLOAT = (*FORMER, *FORMER_SHORTCUTS)
 FORMER_ROWS = {
     "former plain": Row("plain", FORMER_SLOPE, 3),
     "former elastic-link": Row("elastic-link", FORMER, 3),
-    "former plain, float shortcuts": Row("plain", (*FORMER_SLOPE, *FLOAT_SHORTCUTS), 3),
-    "former elastic-link, float shortcuts": Row("elastic-link", BRANCHES_OF, 3),
+    "former plain, float shortcuts": Row("plain", (*FORMER_SLOPE, *FORMER_SHORTCUTS), 3),
+    "former elastic-link, float shortcuts": Row("elastic-link", IN_FLOAT, 3),
     "former plain, float shortcuts, thresholds": Row(
-        "plain", (*FORMER_SLOPE, *FLOAT_SHORTCUTS, *THRESHOLDS)
+        "plain", (*FORMER_SLOPE, *FORMER_SHORTCUTS, *THRESHOLDS)
     ),
     "former elastic-link, float shortcuts, thresholds": Row(
-        "elastic-link", (*BRANCHES_OF, *THRESHOLDS)
+        "elastic-link", (*IN_FLOAT, *THRESHOLDS)
     ),
     "former elastic-link, float shortcuts, gamma 1": Row(
-        "elastic-link", (*BRANCHES_OF, ("link.gamma_init", "1"))
+        "elastic-link", (*IN_FLOAT, ("link.gamma_init", "1"))
     ),
     "former elastic-link, float shortcuts, gamma 6": Row(
-        "elastic-link", (*BRANCHES_OF, ("link.gamma_init", "6"))
+        "elastic-link", (*IN_FLOAT, ("link.gamma_init", "6"))
     ),
     "former elastic-link, float shortcuts, after the norm": Row(
-        "elastic-link", (*BRANCHES_OF, *AFTER_NORM)
+        "elastic-link", (*IN_FLOAT, *AFTER_NORM)
     ),
     "former elastic-link, float shortcuts, RPReLU": Row(
-        "elastic-link", (*BRANCHES_OF, ("activation.replacement", "rprelu"))
+        "elastic-link", (*IN_FLOAT, ("activation.replacement", "rprelu"))
     ),
     "former plain, float shortcuts, branches on": Row(
-        "plain", (*FORMER_SLOPE, *FLOAT_SHORTCUTS, *BRANCHES_ON), 3
+        "plain", (*FORMER_SLOPE, *FORMER_SHORTCUTS, *BRANCHES_ON), 3
     ),
     "former elastic-link, float shortcuts, branches on": Row(
-        "elastic-link", (*BRANCHES_OF, *BRANCHES_ON), 3
+        "elastic-link", (*IN_FLOAT, *BRANCHES_ON), 3
     ),
     "former elastic-link, float shortcuts, branches on, max": Row(
-        "elastic-link", (*FORMER_SLOPE, *FLOAT_SHORTCUTS, *BRANCHES_ON)
+        "elastic-link", (*FORMER_SLOPE, *FORMER_SHORTCUTS, *BRANCHES_ON)
     ),
     "former plain, branches on": Row("plain", (*FORMER_SLOPE, *BRANCHES_ON)),
     "former elastic-link, branches on": Row("elastic-link", (*FORMER, *BRANCHES_ON)),
@@ -147,7 +149,8 @@ FORMER_ROWS = {
         "elastic-reactnet", (("link.downsample", "average"), *BRANCHES_ON), 3
     ),
 } | ablations("former ", FORMER)
-ABLATIONS = ablations("", ()) | FORMER_ROWS
+ABLATIONS = ablations("", ())
+ALL = ROWS | ABLATIONS | FORMER_ROWS
 WITH_SHORTCUTS = ("resnet26",)
 
 
@@ -162,12 +165,11 @@ class Lines(Watcher):
 
 def trials(models: Sequence[str], rows: Sequence[str]) -> Iterator[tuple[str, str, int]]:
     """(model, row, seed), the most telling first."""
-    table = ROWS | ABLATIONS
     for seed in range(3):
         for name in rows:
             for model in models:
                 shortcuts = "float shortcuts" in name or "branches on" in name
-                if seed < table[name].seeds and (not shortcuts or model in WITH_SHORTCUTS):
+                if seed < ALL[name].seeds and (not shortcuts or model in WITH_SHORTCUTS):
                     yield model, name, seed
 
 
@@ -192,8 +194,8 @@ def run(args: argparse.Namespace, model: str, name: str, seed: int) -> dict[str,
     )
     training = open_images(args.train, images, training=True).first(args.images)
     test = open_images(args.test, images, training=False)
-    network = build(model, (ROWS | ABLATIONS)[name], seed)
-    folder = args.runs / f"{model}-{name}-{seed}".replace(" ", "").replace(",", "-")
+    network = build(model, ALL[name], seed)
+    folder = args.runs / f"{model}-{name}-{args.epochs}-{seed}".replace(" ", "").replace(",", "-")
     resume = (folder / "last.pt").exists()
     trained = train(
         network,
@@ -215,9 +217,11 @@ def run(args: argparse.Namespace, model: str, name: str, seed: int) -> dict[str,
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The lines that are there."""
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+def read(path: Path, images: int = IMAGES, epochs: int = EPOCHS) -> list[dict[str, str]]:
+    """The lines that are there, of trainings that were as long."""
+    lines = csv.DictReader(path.read_text().splitlines() if path.exists() else [])
+    wanted = (str(images), str(epochs))
+    return [line for line in lines if (line["images"], line["epochs"]) == wanted]
 
 
 def append(path: Path, line: dict[str, object]) -> None:
@@ -231,15 +235,17 @@ def append(path: Path, line: dict[str, object]) -> None:
         stream.write(text.getvalue())
 
 
-def table(lines: Sequence[dict[str, str]]) -> str:
+def table(lines: Sequence[dict[str, str]], rows: Iterable[str]) -> str:
     """Top-1 by row and network: the mean, and the lowest to highest where there are several."""
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for line in lines:
         found[line["row"], line["model"]].append(float(line["top1"]))
     models = [model for model in MODELS if any(model == known for _, known in found)]
     text = ["| | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
-    for row in dict.fromkeys(name for name in ROWS | ABLATIONS if any(name == r for r, _ in found)):
-        text.append(f"| {row} | " + " | ".join(cell(found[row, model]) for model in models) + " |")
+    for row in rows:
+        cells = [cell(found[row, model]) for model in models]
+        if any(cells):
+            text.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(text)
 
 
@@ -260,9 +266,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("cifar10.csv"))
     parser.add_argument("--runs", type=Path, default=Path("cifar10-runs"))
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
-    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *ABLATIONS], metavar="ROW")
-    parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--rows", nargs="+", choices=ALL, metavar="ROW")
+    parser.add_argument("--images", type=int, default=IMAGES)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -275,13 +281,15 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     if args.table:
-        print(table(read(args.out)))
+        lines = read(args.out, args.images, args.epochs)
+        print(table(lines, [*ROWS, *ABLATIONS]), table(lines, FORMER_ROWS), sep="\n\n")
         return
     torch.set_num_threads(args.threads)
     part, parts = map(int, args.shard.split("/"))
     wanted = list(trials(args.models, args.rows or [*ROWS, *ABLATIONS]))
     for model, name, seed in wanted[part::parts]:
-        done = {(line["model"], line["row"], int(line["seed"])) for line in read(args.out)}
+        lines = read(args.out, args.images, args.epochs)
+        done = {(line["model"], line["row"], int(line["seed"])) for line in lines}
         if (model, name, seed) in done:
             continue
         print(f"{model}, {name}, seed {seed}", flush=True)

@@ -127,7 +127,7 @@ def test_cifar10_experiment_is_not_done_twice(tmp_path: Path) -> None:
     assert first.count("top-1") == 2  # seeds 0 and 2 of the one; the other process has the rest
     assert example("cifar10.py", *words, cwd=tmp_path) == ""
     assert not list((tmp_path / "cifar10-runs").iterdir())
-    table = example("cifar10.py", *files, "--table", cwd=tmp_path).splitlines()
+    table = example("cifar10.py", *files, *small, "--table", cwd=tmp_path).splitlines()
     assert table[0] == "| | resnet26 |"
     assert table[2].startswith("| plain | ")
     assert len((tmp_path / "found.csv").read_text().splitlines()) == 3

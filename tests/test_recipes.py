@@ -106,7 +106,9 @@ def test_the_default_is_as_documented() -> None:
         "channel",
         3.0,
     )
+    assert recipe.link.downsample == "max"
     assert (recipe.activation.replacement, recipe.activation.which) == ("prelu", "relu")
+    assert recipe.activation.slope == 1
 
 
 def test_reactnet_has_its_parts() -> None:

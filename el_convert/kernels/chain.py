@@ -71,11 +71,10 @@ class ChainStep:
     def follows(self, number: int) -> bool:
         """Whether it needs no more of map `number`, its input, than the pixel that it gives."""
         g = self.convolution.geometry
-        depthwise = g.in_channels == g.groups == g.out_channels
         return (
             number > 0
             and self.input == number
-            and not depthwise
+            and not g.depthwise
             and (g.kernel, g.stride, g.padding) == ((1, 1), (1, 1), (0, 0, 0, 0))
         )
 

@@ -38,6 +38,11 @@ class ConvGeometry:
         return height, width
 
     @property
+    def depthwise(self) -> bool:
+        """Whether each channel is convolved alone, and gives one."""
+        return self.in_channels == self.out_channels == self.groups
+
+    @property
     def kernel_area(self) -> int:
         """KH * KW."""
         return self.kernel[0] * self.kernel[1]
