@@ -95,9 +95,14 @@ def test_digits_notebook(work: Path) -> None:
     assert len(top1) == 7
     assert top1[-1] >= 93  # ONNX Runtime, on digits that were not trained on
     assert "answers the same: True" in printed
+    near = re.search(r"equal to 1e-4: (\d+) of 1000 digits, (\d+) of 100 one by one", printed)
     agreeing = re.search(r"gives (\d+) of 1000 digits the same answer", printed)
+    assert near is not None
     assert agreeing is not None
-    assert int(agreeing[1]) >= 999  # of two equal scores either may win
+    # ONNX Runtime rounds a sign to the other side for one image in some hundred.
+    assert int(near[1]) >= 990
+    assert int(near[2]) >= 98
+    assert int(agreeing[1]) >= 998  # of two nearly equal scores either may win then
     names = ["digits.onnx", "digits.pt", "half.pt", "packed.pt"]
     assert sorted(path.name for path in work.iterdir()) == names
     sizes = {path.name: path.stat().st_size for path in work.iterdir()}
