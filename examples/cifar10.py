@@ -91,12 +91,14 @@ def ablations(prefix: str, base: tuple[tuple[str, str], ...]) -> dict[str, Row]:
         "input.threshold": ("learned",),
         "input.scale": ("xnor",),
     }
+    recipe = RECIPES["elastic-link"].with_options(dict(base))
     changes = [(field, value) for field in values for value in values[field]]
     rows = {
         f"{prefix}{field.removeprefix('link.')}={value}": Row(
             "elastic-link", (*base, (field, value)), 3 if (field, value) in TELLING else 1
         )
         for field, value in changes
+        if recipe.with_options({field: value}) != recipe
     }
     name = f"{prefix}place=after-norm, gamma_init=1"
     return rows | {name: Row("elastic-link", (*base, *AFTER_NORM))}
